@@ -1,0 +1,192 @@
+/* append.c: rows into 16-bit tails, and aged tokens into packed pages, on the CPU. */
+#include "kvcomp/append.h"
+
+#include <string.h>
+
+#include "cpu/pack_page.h"
+
+#define T KVC_TILE
+#define P KVC_PAGE_TOKENS
+#define TAIL_PAGES (P / KVC_TAIL_TOKENS)
+
+_Static_assert(KVC_TAIL_TOKENS == T, "a tail page is one tile");
+
+static bool packs(const kvc_append_args *args) { return args->k_bits != 16 || args->v_bits != 16; }
+
+void kvc_append_need(int tail_tokens, int q, int window, int packs_aged, int *tail_pages, int *packed_pages) {
+    *tail_pages = *packed_pages = 0;
+    int room = -tail_tokens & (KVC_TAIL_TOKENS - 1), taken = 0;
+    for (int left = q; left > 0;) {
+        while (packs_aged && tail_tokens >= window + P) {
+            tail_tokens -= P;
+            taken -= TAIL_PAGES;
+            ++*packed_pages;
+        }
+        if (room == 0) {
+            room = KVC_TAIL_TOKENS;
+            if (++taken > *tail_pages) *tail_pages = taken;
+        }
+        const int until_flush = packs_aged ? window + P - tail_tokens : left; /* > 0 after the loop above */
+        int step = left < room ? left : room;
+        if (step > until_flush) step = until_flush;
+        left -= step;
+        room -= step;
+        tail_tokens += step;
+    }
+}
+
+static kvc_status check(const kvc_append_args *args) {
+    const int d = args->layout.head_dim;
+    KVC_TRY(kvc_expect_layout("append", &args->layout));
+    KVC_TRY(kvc_expect_shape("append", "keys", &args->keys, 4, (int64_t[]){-1, -1, -1, d}));
+    KVC_TRY(kvc_expect_shape("append", "values", &args->values, 4, args->keys.shape));
+    KVC_TRY(kvc_expect_float("append", "keys", &args->keys));
+    KVC_TRY(kvc_expect_dtype("append", "values", &args->values, args->keys.dtype));
+    KVC_TRY(kvc_expect_rows("append", "keys", &args->keys));
+    KVC_TRY(kvc_expect_rows("append", "values", &args->values));
+    const int64_t b = args->keys.shape[0], h = args->keys.shape[1], q = args->keys.shape[2], n = b * h;
+    KVC_TRY(kvc_expect_array("append", "arena", &args->arena, KVC_UINT8, 1, (int64_t[]){-1}));
+    KVC_TRY(kvc_expect_array("append", "table", &args->table, KVC_UINT64, 2, (int64_t[]){n, -1}));
+    KVC_TRY(kvc_expect_array("append", "lists", &args->lists, KVC_INT32, 2, (int64_t[]){n, 4}));
+    KVC_TRY(kvc_expect_array("append", "pool_tail", &args->pool_tail, KVC_UINT32, 1, (int64_t[]){-1}));
+    KVC_TRY(kvc_expect_array("append", "pool_packed", &args->pool_packed, KVC_UINT32, 1, (int64_t[]){-1}));
+    KVC_TRY(kvc_expect_array("append", "counts", &args->counts, KVC_INT32, 1, (int64_t[]){2}));
+    if (kvc_given(&args->valid)) KVC_TRY(kvc_expect_array("append", "valid", &args->valid, KVC_INT32, 1, (int64_t[]){b}));
+    KVC_CHECK(kvc_bits_ok(args->k_bits) && kvc_bits_ok(args->v_bits), KVC_EINVAL,
+              "append: bits: expected 2, 3, 4, 8 or 16, got K %d, V %d", args->k_bits, args->v_bits);
+    KVC_CHECK(args->window >= 0 && args->window <= 1 << 24, KVC_EINVAL, "append: window: expected 0..2^24, got %d", args->window);
+    KVC_CHECK(q <= 1 << 24, KVC_ESHAPE, "append: keys: expected at most 2^24 new tokens, got %lld", (long long)q);
+    KVC_CHECK(args->rotation == KVC_ROTATE_NONE || args->rotation == KVC_ROTATE_HADAMARD, KVC_EINVAL,
+              "append: rotation: expected 0 (none) or 1 (hadamard), got %d", args->rotation);
+    KVC_CHECK(args->scale >= KVC_SCALE_SIGMA && args->scale <= KVC_SCALE_SEARCH, KVC_EINVAL,
+              "append: scale: expected 0 (sigma), 1 (minmax) or 2 (search), got %d", args->scale);
+    const int32_t *counts = args->counts.data;
+    KVC_CHECK(counts[0] >= 0 && counts[0] <= args->pool_tail.shape[0] && counts[1] >= 0 && counts[1] <= args->pool_packed.shape[0],
+              KVC_EINVAL, "append: counts: expected 0..%lld and 0..%lld, got %d and %d", (long long)args->pool_tail.shape[0],
+              (long long)args->pool_packed.shape[0], counts[0], counts[1]);
+    /* Lists run one after the other, so what the first gives back serves the next: walk as the operation will. */
+    int64_t tail = counts[0], packed = counts[1], tail_total = counts[0];
+    for (int64_t i = 0; i < n; i++) {
+        const kvc_list *list = (const kvc_list *)args->lists.data + i;
+        const int valid = kvc_given(&args->valid) ? ((const int32_t *)args->valid.data)[i / h] : (int)q;
+        KVC_CHECK(valid >= 0 && valid <= q, KVC_EINVAL, "append: valid: expected 0..%lld, got %d", (long long)q, valid);
+        const int tail_pages = (list->tail_tokens + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS;
+        KVC_CHECK(list->pages >= 0 && list->tail_page >= 0 && list->tail_tokens >= 0 && list->pages <= args->table.shape[1] &&
+                      list->tail_page + tail_pages == list->pages && list->tokens >= list->tail_tokens,
+                  KVC_EINVAL, "append: lists: expected a consistent state, got pages %d, tail_page %d, tail_tokens %d in list %lld",
+                  list->pages, list->tail_page, list->tail_tokens, (long long)i);
+        int peak, flushes;
+        kvc_append_need(list->tail_tokens, valid, args->window, packs(args), &peak, &flushes);
+        KVC_CHECK(peak <= tail && flushes <= packed, KVC_EINVAL,
+                  "append: pool: expected %d tail and %d packed pages for list %lld, got %lld and %lld", peak, flushes,
+                  (long long)i, (long long)tail, (long long)packed);
+        const int end = (list->tail_tokens + valid - flushes * P + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS;
+        tail += tail_pages - end;
+        tail_total += tail_pages;
+        packed -= flushes;
+        /* The table's row never holds more than the old pages, the flushed ones and the tail's peak. */
+        KVC_CHECK((int64_t)list->pages + peak + flushes <= args->table.shape[1], KVC_EINVAL,
+                  "append: table: expected room for %d more pages in list %lld, got capacity %lld with %d in use", peak + flushes,
+                  (long long)i, (long long)args->table.shape[1], list->pages);
+        const kvc_page *row = (const kvc_page *)args->table.data + i * args->table.shape[1];
+        for (int p = list->tail_page; p < list->pages; p++) {
+            const int expected = p + 1 < list->pages ? KVC_TAIL_TOKENS : list->tail_tokens - (tail_pages - 1) * KVC_TAIL_TOKENS;
+            KVC_CHECK(row[p].k_bits == 16 && row[p].v_bits == 16 && row[p].tokens == expected, KVC_EINVAL,
+                      "append: table: expected a tail page of %d tokens, got K %d, V %d, %d tokens in list %lld", expected,
+                      row[p].k_bits, row[p].v_bits, row[p].tokens, (long long)i);
+        }
+    }
+    KVC_CHECK(tail_total <= args->pool_tail.shape[0], KVC_ESHAPE,
+              "append: pool_tail: expected room for all %lld tail pages, its own and the lists', got %lld",
+              (long long)tail_total, (long long)args->pool_tail.shape[0]);
+    const int64_t tail_bytes = kvc_page_bytes(&args->layout, 16, 16);
+    const int64_t packed_bytes = kvc_page_bytes(&args->layout, args->k_bits, args->v_bits);
+    for (int p = 0; p < 2; p++) {
+        const uint32_t *units = p ? args->pool_packed.data : args->pool_tail.data;
+        for (int32_t i = 0; i < counts[p]; i++)
+            KVC_CHECK((int64_t)units[i] * KVC_UNIT + (p ? packed_bytes : tail_bytes) <= args->arena.shape[0], KVC_EINVAL,
+                      "append: pool: expected pages inside the arena's %lld bytes, got unit %u", (long long)args->arena.shape[0],
+                      units[i]);
+    }
+    KVC_CHECK(kvc_all_finite(&args->keys), KVC_EINVAL, "append: keys: expected finite values, got NaN or Inf");
+    KVC_CHECK(kvc_all_finite(&args->values), KVC_EINVAL, "append: values: expected finite values, got NaN or Inf");
+    return KVC_OK;
+}
+
+static uint8_t *page_at(const kvc_append_args *args, uint32_t unit) {
+    return (uint8_t *)args->arena.data + (int64_t)unit * KVC_UNIT;
+}
+
+/* The tail's first 64 tokens become one packed page; their four pages return to the pool. */
+static void flush(const kvc_append_args *args, kvc_list *list, kvc_page *row, const kvc_rounding *rounding) {
+    int32_t *counts = args->counts.data;
+    uint32_t *pool_tail = args->pool_tail.data;
+    const kvc_page packed = {((const uint32_t *)args->pool_packed.data)[--counts[1]], (uint8_t)args->k_bits,
+                             (uint8_t)args->v_bits, P, 0};
+    const uint32_t before = (uint32_t)(list->tokens - list->tail_tokens);
+    uint8_t *bytes = page_at(args, packed.unit);
+    memset(bytes, 0, (size_t)kvc_page_bytes(&args->layout, args->k_bits, args->v_bits));
+    for (int tile = 0; tile < TAIL_PAGES; tile++) {
+        uint32_t numbers[T];
+        for (int j = 0; j < T; j++) numbers[j] = before + (uint32_t)(tile * T + j);
+        for (int half = 0; half < 2; half++) {
+            kvc_tile x;
+            kvc_tile_read(x, page_at(args, row[list->tail_page + tile].unit), 16, 16, half, 0, &args->layout);
+            kvc_tile_clamp(x, args->layout.head_dim);
+            kvc_tile_write(bytes, args->k_bits, args->v_bits, half, tile, T, x, numbers, rounding);
+        }
+        pool_tail[counts[0]++] = row[list->tail_page + tile].unit;
+    }
+    row[list->tail_page] = packed;
+    memmove(row + list->tail_page + 1, row + list->tail_page + TAIL_PAGES,
+            (size_t)(list->pages - list->tail_page - TAIL_PAGES) * sizeof *row);
+    list->pages -= TAIL_PAGES - 1;
+    list->tail_page++;
+    list->tail_tokens -= P;
+}
+
+/* One rotated row into place j of a tail page. */
+static void write_row(uint8_t *page, const kvc_layout *layout, int half, int j, const float *row) {
+    uint32_t *words = (uint32_t *)(page + (half ? kvc_half_bytes(layout, 16, KVC_TAIL_TOKENS) : 0));
+    for (int c = 0; c < layout->head_dim; c++)
+        kvc_code_set(words, 16, KVC_TAIL_TOKENS, half ? kvc_place_v(j, c) : kvc_place_k(j, c),
+                     kvc_float_to_half(row[c], layout->half));
+}
+
+static void append_token(const kvc_append_args *args, kvc_list *list, kvc_page *row, int64_t sequence, int64_t head, int64_t i) {
+    const int d = args->layout.head_dim, place = list->tail_tokens % KVC_TAIL_TOKENS;
+    if (place == 0) {
+        int32_t *counts = args->counts.data;
+        const kvc_page fresh = {((const uint32_t *)args->pool_tail.data)[--counts[0]], 16, 16, 0, 0};
+        memset(page_at(args, fresh.unit), 0, (size_t)kvc_page_bytes(&args->layout, 16, 16));
+        row[list->pages++] = fresh;
+    }
+    kvc_page *page = &row[list->pages - 1];
+    for (int half = 0; half < 2; half++) {
+        const kvc_tensor *rows = half ? &args->values : &args->keys;
+        float x[KVC_MAX_HEAD_DIM];
+        kvc_load_row(x, kvc_at(rows, sequence, head, i), rows->dtype, d);
+        if (args->rotation == KVC_ROTATE_HADAMARD) kvc_row_rotate(x, d);
+        write_row(page_at(args, page->unit), &args->layout, half, place, x);
+    }
+    page->tokens++;
+    list->tail_tokens++;
+    list->tokens++;
+}
+
+kvc_status kvc_append_cpu(const kvc_append_args *args, kvc_stream stream) {
+    (void)stream;
+    KVC_TRY(check(args));
+    const int64_t b = args->keys.shape[0], h = args->keys.shape[1], q = args->keys.shape[2];
+    for (int64_t i = 0; i < b * h; i++) {
+        kvc_list *list = (kvc_list *)args->lists.data + i;
+        kvc_page *row = (kvc_page *)args->table.data + i * args->table.shape[1];
+        const kvc_rounding rounding = {&args->layout, args->scale, args->stochastic, args->layer, (int)i, args->seed};
+        const int64_t valid = kvc_given(&args->valid) ? ((const int32_t *)args->valid.data)[i / h] : q;
+        for (int64_t j = q - valid; j < q; j++) {
+            while (packs(args) && list->tail_tokens >= args->window + P) flush(args, list, row, &rounding);
+            append_token(args, list, row, i / h, i % h, j);
+        }
+    }
+    return KVC_OK;
+}

@@ -1,0 +1,226 @@
+/* select.c: which tokens a list keeps, and how layers share a budget. */
+#include "kvcomp/select.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/core.h"
+
+/* ---- kvc_select */
+
+#define DIGIT_BITS 11
+#define DIGITS (1 << DIGIT_BITS)
+
+typedef struct {
+    const kvc_select_args *args;
+    int64_t s;
+} job;
+
+static int64_t first_of(const kvc_select_args *args, int64_t i) {
+    return kvc_given(&args->first) ? ((const int32_t *)args->first.data)[i] : 0;
+}
+
+/* Non-negative floats order as their bits do. */
+static uint32_t bits_of(float value) {
+    uint32_t bits;
+    value += 0.0f; /* -0 to +0 */
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Marks the `count` most important of tokens begin .. end-1 (count <= end - begin), ties to the older: finds the bits of
+ * the least important one marked, digit by digit from the top. */
+static void mark_top(uint8_t *kept, const float *importance, int64_t begin, int64_t end, int64_t count) {
+    if (count <= 0) return;
+    uint32_t threshold = 0, known = 0; /* the digits found so far, and the mask over them */
+    int64_t equal = count;             /* to be marked among those that agree with the digits found */
+    for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+        uint32_t histogram[DIGITS] = {0};
+        for (int64_t t = begin; t < end; t++) {
+            const uint32_t bits = bits_of(importance[t]);
+            histogram[bits >> shift & (DIGITS - 1)] += (bits & known) == threshold;
+        }
+        uint32_t digit = DIGITS - 1;
+        for (; histogram[digit] < equal; digit--) equal -= histogram[digit];
+        threshold |= digit << shift;
+        known |= (uint32_t)(DIGITS - 1) << shift;
+    }
+    for (int64_t t = begin; t < end; t++) {
+        const uint32_t bits = bits_of(importance[t]);
+        kept[t] = bits > threshold || (bits == threshold && equal-- > 0);
+    }
+}
+
+static void select_list(void *context, int64_t i) {
+    const job *j = context;
+    const kvc_select_args *args = j->args;
+    uint8_t *kept = (uint8_t *)args->kept.data + i * j->s;
+    const int64_t first = first_of(args, i), real = j->s - first;
+    int64_t keep = ((const int32_t *)args->keep.data)[i];
+    if (keep > real || real <= args->window) keep = real;
+    memset(kept, 0, (size_t)j->s);
+    int64_t window = keep < args->window ? keep : args->window;
+    const int64_t others = keep - window, sinks = others < args->sinks ? others : args->sinks;
+    if (!kvc_given(&args->importance)) window = keep - sinks;
+    memset(kept + j->s - window, 1, (size_t)window);
+    memset(kept + first, 1, (size_t)sinks);
+    if (kvc_given(&args->importance))
+        mark_top(kept, (const float *)args->importance.data + i * j->s, first + sinks, j->s - window, others - sinks);
+}
+
+static kvc_status check(const kvc_select_args *args) {
+    KVC_TRY(kvc_expect_array("select", "kept", &args->kept, KVC_UINT8, 2, (int64_t[]){-1, -1}));
+    const int64_t n = args->kept.shape[0], s = args->kept.shape[1];
+    KVC_CHECK(s <= INT32_MAX, KVC_ESHAPE, "select: kept: expected at most 2^31 - 1 tokens, got %lld", (long long)s);
+    if (kvc_given(&args->importance))
+        KVC_TRY(kvc_expect_array("select", "importance", &args->importance, KVC_FLOAT32, 2, args->kept.shape));
+    KVC_TRY(kvc_expect_array("select", "keep", &args->keep, KVC_INT32, 1, &n));
+    if (kvc_given(&args->first)) KVC_TRY(kvc_expect_array("select", "first", &args->first, KVC_INT32, 1, &n));
+    KVC_CHECK(args->sinks >= 0, KVC_EINVAL, "select: sinks: expected a count >= 0, got %d", args->sinks);
+    KVC_CHECK(args->window >= 0, KVC_EINVAL, "select: window: expected a count >= 0, got %d", args->window);
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t keep = ((const int32_t *)args->keep.data)[i];
+        const int64_t first = first_of(args, i);
+        KVC_CHECK(keep >= 0, KVC_EINVAL, "select: keep: expected counts >= 0, got %d for list %lld", keep, (long long)i);
+        KVC_CHECK(first >= 0 && first <= s, KVC_EINVAL, "select: first: expected 0..%lld, got %lld for list %lld", (long long)s,
+                  (long long)first, (long long)i);
+        if (!kvc_given(&args->importance)) continue;
+        const float *importance = (const float *)args->importance.data + i * s;
+        for (int64_t t = first; t < s; t++)
+            KVC_CHECK(importance[t] >= 0.0f && isfinite(importance[t]), KVC_EINVAL,
+                      "select: importance: expected finite values >= 0, got %g at list %lld, token %lld", (double)importance[t],
+                      (long long)i, (long long)t);
+    }
+    return kvc_expect_workspace("select", &args->workspace, kvc_select_workspace(n, s));
+}
+
+int64_t kvc_select_workspace(int64_t n, int64_t s) {
+    (void)n;
+    (void)s;
+    return 0; /* thresholds are found by counting, on the stack */
+}
+
+kvc_status kvc_select_cpu(const kvc_select_args *args, kvc_stream stream) {
+    (void)stream;
+    KVC_TRY(check(args));
+    const job j = {args, args->kept.shape[1]};
+    kvc_parallel(args->kept.shape[0], 0, select_list, (void *)&j);
+    return KVC_OK;
+}
+
+/* ---- kvc_select_share */
+
+#define MOST_TOTAL ((int64_t)1 << 53) /* so that every count is exact in a double */
+
+typedef struct {
+    const double *weight;
+    const int64_t *floor, *ceiling;
+    int64_t layers, total;
+    double unit;      /* of weights: the largest is 1, so that sums do not overflow */
+    bool zero_weight; /* layers of weight 0 share what the others cannot hold, evenly */
+} division;
+
+/* Layer l's part at `level` tokens per unit of weight. Layers that do not take part stay at a bound. */
+static double part(const division *d, int64_t l, double level) {
+    const double low = (double)d->floor[l], high = (double)d->ceiling[l];
+    if (d->zero_weight && d->weight[l] > 0.0) return high;
+    const double x = d->zero_weight ? level : d->weight[l] / d->unit * level;
+    return x < low ? low : x > high ? high : x;
+}
+
+static double parts(const division *d, double level) {
+    double sum = 0.0;
+    for (int64_t l = 0; l < d->layers; l++) sum += part(d, l, level);
+    return sum;
+}
+
+/* The least level whose parts reach the total: bisection down to neighbouring doubles, then the exact quotient over the
+ * layers that no bound holds. */
+static double find_level(const division *d) {
+    uint64_t low = 0, high = 0x7fefffffffffffff; /* bits of 0 and of the largest double, which order as they do */
+    double level = 0.0;
+    while (low < high) {
+        const uint64_t middle = low + (high - low) / 2;
+        memcpy(&level, &middle, sizeof level);
+        if (parts(d, level) >= (double)d->total) high = middle;
+        else low = middle + 1;
+    }
+    memcpy(&level, &high, sizeof level);
+    double held = 0.0, loose = 0.0;
+    for (int64_t l = 0; l < d->layers; l++) {
+        const double x = part(d, l, level);
+        if (x == (double)d->floor[l] || x == (double)d->ceiling[l]) held += x;
+        else loose += d->zero_weight ? 1.0 : d->weight[l] / d->unit;
+    }
+    return loose > 0.0 ? ((double)d->total - held) / loose : level;
+}
+
+/* Whole tokens: rounded down, then one more to the largest remainders. */
+static void round_parts(const division *d, double level, int64_t *shares) {
+    int64_t left = d->total;
+    for (int64_t l = 0; l < d->layers; l++) {
+        shares[l] = (int64_t)part(d, l, level);
+        left -= shares[l];
+    }
+    for (; left != 0; left += left > 0 ? -1 : 1) { /* less than 0 only where a sum of doubles was rounded up */
+        int64_t chosen = -1;
+        double best = 0.0;
+        for (int64_t l = 0; l < d->layers; l++) {
+            if (left > 0 ? shares[l] >= d->ceiling[l] : shares[l] <= d->floor[l]) continue;
+            const double lacks = part(d, l, level) - (double)shares[l], gain = left > 0 ? lacks : -lacks;
+            if (chosen >= 0 && gain <= best) continue;
+            chosen = l;
+            best = gain;
+        }
+        shares[chosen] += left > 0 ? 1 : -1;
+    }
+}
+
+kvc_status kvc_select_share(const kvc_share_args *args) {
+    KVC_TRY(kvc_expect_array("share", "weight", &args->weight, KVC_FLOAT64, 1, (int64_t[]){-1}));
+    const int64_t layers = args->weight.shape[0];
+    KVC_TRY(kvc_expect_array("share", "shares", &args->shares, KVC_INT64, 1, &layers));
+    KVC_TRY(kvc_expect_array("share", "floor", &args->floor, KVC_INT64, 1, &layers));
+    KVC_TRY(kvc_expect_array("share", "ceiling", &args->ceiling, KVC_INT64, 1, &layers));
+    KVC_CHECK(layers >= 1, KVC_ESHAPE, "share: weight: expected at least one layer, got none");
+    KVC_CHECK(args->total >= 0 && args->total <= MOST_TOTAL, KVC_EINVAL, "share: total: expected 0..2^53, got %lld",
+              (long long)args->total);
+    division d = {.weight = args->weight.data, .floor = args->floor.data, .ceiling = args->ceiling.data, .layers = layers,
+                  .total = args->total};
+    int64_t least = 0, most = 0, heavy = 0; /* heavy: the most that layers of weight > 0 leave room for */
+    for (int64_t l = 0; l < layers; l++) {
+        KVC_CHECK(d.weight[l] >= 0.0 && isfinite(d.weight[l]), KVC_EINVAL,
+                  "share: weight: expected finite values >= 0, got %g for layer %lld", d.weight[l], (long long)l);
+        KVC_CHECK(d.floor[l] >= 0 && d.floor[l] <= MOST_TOTAL, KVC_EINVAL,
+                  "share: floor: expected 0..2^53, got %lld for layer %lld", (long long)d.floor[l], (long long)l);
+        KVC_CHECK(d.ceiling[l] >= d.floor[l], KVC_EINVAL, "share: ceiling: expected at least the floor %lld, got %lld for layer %lld",
+                  (long long)d.floor[l], (long long)d.ceiling[l], (long long)l);
+        const int64_t ceiling = d.ceiling[l] < MOST_TOTAL ? d.ceiling[l] : MOST_TOTAL;
+        least = least + d.floor[l] < MOST_TOTAL ? least + d.floor[l] : MOST_TOTAL + 1;
+        most = most + ceiling < MOST_TOTAL ? most + ceiling : MOST_TOTAL;
+        heavy = heavy + (d.weight[l] > 0.0 ? ceiling : d.floor[l]);
+        heavy = heavy < MOST_TOTAL ? heavy : MOST_TOTAL;
+        d.unit = d.weight[l] > d.unit ? d.weight[l] : d.unit;
+    }
+    KVC_CHECK(d.unit > 0.0, KVC_EINVAL, "share: weight: expected at least one value > 0, got only zeros");
+    for (int64_t l = 0; l < layers; l++) /* else no level of a double brings the lightest layer to its ceiling */
+        KVC_CHECK(d.weight[l] == 0.0 || d.weight[l] / d.unit > 1e-200, KVC_EINVAL,
+                  "share: weight: expected 0 or more than 1e-200 of the largest, %g, got %g for layer %lld", d.unit, d.weight[l],
+                  (long long)l);
+    KVC_CHECK(args->total >= least && args->total <= most, KVC_EINVAL,
+              "share: total: expected %lld..%lld (sums of floor and ceiling), got %lld", (long long)least, (long long)most,
+              (long long)args->total);
+    d.zero_weight = args->total > heavy;
+    round_parts(&d, find_level(&d), args->shares.data);
+    return KVC_OK;
+}
+
+/* ---- kvc_select_pyramid */
+
+kvc_status kvc_select_pyramid(int32_t layers, double beta, double *weight) {
+    KVC_CHECK(layers >= 1, KVC_EINVAL, "pyramid: weight: expected at least one layer, got %d", layers);
+    KVC_CHECK(beta >= 1.0 && isfinite(beta), KVC_EINVAL, "pyramid: beta: expected a finite number >= 1, got %g", beta);
+    const double least = 1.0 / beta, most = 2.0 - least;
+    for (int32_t l = 0; l < layers; l++) weight[l] = layers == 1 ? 1.0 : most - (most - least) * l / (layers - 1);
+    return KVC_OK;
+}

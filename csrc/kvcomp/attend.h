@@ -1,0 +1,47 @@
+/* attend.h: queries, packed pages -> attention output, without unpacking the cache.
+ *
+ * out[b,i,j] = sum_t softmax_t(scale * <q[b,i,j], k_t>) v_t over the tokens t of list (b, i / (hq/h)), in one pass
+ * (online softmax, fp32); q is rotated on the way in and the output back where the pages hold rotated rows. With
+ * softcap > 0 logits become softcap * tanh(logit / softcap).
+ *
+ * Causality among new tokens: the last new[b] tokens of each list of sequence b are the ones that came with these
+ * queries, and query j sees all tokens but the last q-1-j of them; the first q - new[b] queries of a left-padded
+ * sequence get zeros. An empty list gives zeros.
+ *
+ * mass (optional): attention probability of every token, in page order, summed over all queries and the heads of the
+ * group; what lies behind a list's last token is set to zero.
+ *
+ * Bound against fp64 on the unpacked values: |error| <= 2e-6 * max|v| * (1 + ln tokens) for fp32 queries and output;
+ * half a unit of the output's type on top otherwise.
+ * Errors: ESHAPE, EDTYPE, EINVAL; ENOTSUP for groups not dividing. Workspace: kvc_attend_workspace bytes, 64-aligned. */
+#pragma once
+#include "format.h"
+#include "kvcomp.h"
+
+typedef struct {
+    kvc_tensor out;     /* out (b,hq,q,d) float32 | float16 | bfloat16 */
+    kvc_tensor mass;    /* out (n,m) float32, m >= every list's tokens; optional */
+    kvc_tensor queries; /* in  (b,hq,q,d) float32 | float16 | bfloat16; hq a multiple of h */
+    kvc_tensor arena;   /* in  (bytes,) uint8 */
+    kvc_tensor table;   /* in  (n,c) uint64: kvc_page */
+    kvc_tensor lists;   /* in  (n,4) int32: kvc_list, n = b*h */
+    kvc_tensor new_tokens; /* in (b,) int32, 0..q; left out: q */
+    kvc_tensor workspace;  /* (bytes,) uint8 */
+    kvc_layout layout;
+    int32_t rotation;   /* kvc_rotation of the pages */
+    float scale;        /* of the logits, > 0, finite */
+    float softcap;      /* 0: none */
+    int32_t threads;    /* 0: as many as kvc_threads() */
+} kvc_attend_args;
+
+typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+kvc_attend_fn kvc_attend_cpu;
+/* Workspace bytes for n lists of at most `pages` pages each, q queries of `group` heads, with or without mass. */
+int64_t kvc_attend_workspace(int64_t n, int64_t pages, int64_t group, int64_t q, int32_t head_dim);
+#ifdef __cplusplus
+}
+#endif

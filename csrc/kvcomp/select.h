@@ -1,0 +1,50 @@
+/* select.h: importance, budgets -> which tokens each list keeps; and how layers share a budget.
+ *
+ * kvc_select keeps exactly min(keep[i], real tokens) tokens of list i: first its newest `window` tokens, then its first
+ * `sinks` tokens, then the most important others (ties: the older token). Window and sinks count inside `keep`: when it is
+ * smaller than they are, the newest tokens win. A list whose real tokens number at most `window` is kept whole,
+ * whatever keep says. Importance left out (streaming): sinks and the newest tokens only. Tokens before first[i] do not
+ * exist: they are not kept, and their importance is not read.
+ *
+ * kvc_select_share divides total tokens over layers: layer l gets clip(weight[l] * x, floor[l], ceiling[l]) with the one
+ * x whose sum is `total`, which is what proportional shares become when all that clipping frees or takes is shared out
+ * again in proportion. Whole tokens by rounding down, then by largest remainder (ties: the lower layer). Layers of weight
+ * 0 get their floor, and, evenly, what the others cannot hold. kvc_select_pyramid gives PyramidKV's weights (arXiv
+ * 2406.02069): an arithmetic sequence over layers with mean 1 whose last term is 1/beta of the mean; one layer: 1.
+ * Errors: ESHAPE, EDTYPE; EINVAL for negative counts, importance that is negative, NaN or infinite, first outside 0..s,
+ * a total outside [sum floor, sum ceiling] or 0..2^53, weights that are negative, not finite, all 0, or more than 200
+ * decades apart, beta < 1. */
+#pragma once
+#include "kvcomp.h"
+
+typedef struct {
+    kvc_tensor kept;       /* out (n,s) uint8: 1 where kept */
+    kvc_tensor importance; /* in  (n,s) float32 >= 0; left out: streaming */
+    kvc_tensor keep;       /* in  (n,) int32 >= 0 */
+    kvc_tensor first;      /* in  (n,) int32: first real token of the list, 0..s; left out: 0 */
+    kvc_tensor workspace;  /* (bytes,) uint8: kvc_select_workspace (today 0 bytes) */
+    int32_t sinks, window;
+} kvc_select_args;
+
+typedef kvc_status kvc_select_fn(const kvc_select_args *args, kvc_stream stream);
+
+typedef struct {
+    kvc_tensor shares;  /* out (l,) int64 */
+    kvc_tensor weight;  /* in  (l,) float64, >= 0, not all zero */
+    kvc_tensor floor;   /* in  (l,) int64 */
+    kvc_tensor ceiling; /* in  (l,) int64 */
+    int64_t total;
+} kvc_share_args;
+
+typedef kvc_status kvc_share_fn(const kvc_share_args *args);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+kvc_select_fn kvc_select_cpu;
+int64_t kvc_select_workspace(int64_t n, int64_t s);
+kvc_share_fn kvc_select_share;
+kvc_status kvc_select_pyramid(int32_t layers, double beta, double *weight);
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,149 @@
+/* arena_type.c: kvcomp._C.Arena. */
+#include "binding.h"
+#include "core/arena.h"
+
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    kvc_arena *arena;
+} ArenaObject;
+
+static PyTypeObject *arena_type;
+
+static PyObject *arena_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+    kvc_frame frame = {.op = "arena"};
+    const Py_ssize_t given = PyTuple_Size(arguments);
+    int64_t bytes = (int64_t)64 << 30;
+    if ((keywords && PyDict_Size(keywords)) || given > 1) {
+        PyErr_SetString(PyExc_TypeError, "arena: expected at most one positional argument, reserve_bytes");
+        return NULL;
+    }
+    if (given == 1 && frame_int(&frame, PyTuple_GetItem(arguments, 0), "reserve_bytes", 1, INT64_MAX, &bytes)) return NULL;
+    kvc_arena *arena;
+    const kvc_status status = kvc_arena_create(bytes, &arena);
+    if (status != KVC_OK) return raise_status(status);
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    ArenaObject *self = (ArenaObject *)allocate(type, 0);
+    if (!self) {
+        kvc_arena_destroy(arena);
+        return NULL;
+    }
+    self->arena = arena;
+    return (PyObject *)self;
+}
+
+static void arena_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    kvc_arena_destroy(((ArenaObject *)self)->arena);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *arena_alloc(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    kvc_frame frame = {.op = "arena"};
+    int64_t page_bytes, count;
+    uint32_t *units;
+    if (frame_count(&frame, argc, 2) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
+        frame_int(&frame, argv[1], "count", 0, INT32_MAX, &count))
+        return NULL;
+    PyObject *array = numpy_uint32((Py_ssize_t)count, &units);
+    if (!array) return NULL;
+    const kvc_status status = kvc_arena_alloc(((ArenaObject *)self)->arena, page_bytes, count, units);
+    if (status != KVC_OK) {
+        Py_DECREF(array);
+        return raise_status(status);
+    }
+    return array;
+}
+
+static PyObject *arena_free(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    kvc_frame frame = {.op = "arena"};
+    int64_t page_bytes;
+    kvc_tensor units;
+    if (frame_count(&frame, argc, 2) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
+        frame_tensor(&frame, argv[1], "units", FRAME_IN, &units) || frame_check(&frame))
+        return frame_return(&frame);
+    kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
+    if (status == KVC_OK) status = kvc_arena_free(((ArenaObject *)self)->arena, page_bytes, units.shape[0], units.data);
+    if (status != KVC_OK) {
+        raise_status(status);
+        frame.failed = true;
+    }
+    return frame_return(&frame);
+}
+
+static PyObject *arena_copy(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    kvc_frame frame = {.op = "arena"};
+    const kvc_arena *arena = ((ArenaObject *)self)->arena;
+    int64_t page_bytes;
+    kvc_tensor units[2];
+    if (frame_count(&frame, argc, 3) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
+        frame_tensor(&frame, argv[1], "source", FRAME_IN, &units[0]) ||
+        frame_tensor(&frame, argv[2], "target", FRAME_IN, &units[1]) || frame_check(&frame))
+        return frame_return(&frame);
+    kvc_status status = KVC_OK;
+    for (int i = 0; i < 2 && status == KVC_OK; i++) {
+        const char *name = i ? "target" : "source";
+        status = kvc_expect_array("arena", name, &units[i], KVC_UINT32, 1, units[0].shape);
+        for (int64_t j = 0; status == KVC_OK && j < units[i].shape[0]; j++)
+            if (!kvc_arena_live(arena, page_bytes, ((uint32_t *)units[i].data)[j]))
+                status = kvc_fail(KVC_EINVAL, "arena: %s: expected live pages of %lld bytes, got unit %u", name,
+                                  (long long)page_bytes, ((uint32_t *)units[i].data)[j]);
+    }
+    char *base = kvc_arena_base(arena);
+    for (int64_t j = 0; status == KVC_OK && j < units[0].shape[0]; j++)
+        memmove(base + (int64_t)((uint32_t *)units[1].data)[j] * KVC_UNIT,
+                base + (int64_t)((uint32_t *)units[0].data)[j] * KVC_UNIT, (size_t)page_bytes);
+    if (status != KVC_OK) {
+        raise_status(status);
+        frame.failed = true;
+    }
+    return frame_return(&frame);
+}
+
+static PyObject *arena_nbytes(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(kvc_arena_nbytes(((ArenaObject *)self)->arena));
+}
+
+static PyObject *arena_used(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(kvc_arena_used(((ArenaObject *)self)->arena));
+}
+
+int arena_tensor(PyObject *object, kvc_tensor *out) {
+    if (!PyObject_TypeCheck(object, arena_type)) return 1;
+    const kvc_arena *arena = ((ArenaObject *)object)->arena;
+    *out = (kvc_tensor){.data = kvc_arena_base(arena), .dtype = KVC_UINT8, .ndim = 1, .device = KVC_CPU,
+                        .shape = {kvc_arena_reserved(arena)}, .strides = {1}};
+    return 0;
+}
+
+static PyMethodDef methods[] = {
+    {"alloc", (PyCFunction)(void *)arena_alloc, METH_FASTCALL,
+     "alloc($self, page_bytes, count, /)\n--\n\nUnits (n,) uint32 of `count` new pages of `page_bytes` bytes."},
+    {"free", (PyCFunction)(void *)arena_free, METH_FASTCALL,
+     "free($self, page_bytes, units, /)\n--\n\nGives pages back; empty slabs return to the system."},
+    {"copy", (PyCFunction)(void *)arena_copy, METH_FASTCALL,
+     "copy($self, page_bytes, source, target, /)\n--\n\nCopies live pages, units (n,) uint32 each, one after the other."},
+    {0}};
+
+static PyGetSetDef properties[] = {
+    {"nbytes", arena_nbytes, NULL, "Bytes of all slabs: what is allocated.", NULL},
+    {"used", arena_used, NULL, "Bytes of live pages.", NULL},
+    {0}};
+
+int arena_init(PyObject *module) {
+    PyType_Slot slots[] = {{Py_tp_new, arena_new},
+                           {Py_tp_dealloc, arena_dealloc},
+                           {Py_tp_methods, methods},
+                           {Py_tp_getset, properties},
+                           {Py_tp_doc, "Arena(reserve_bytes=68719476736, /)\n--\n\nPage memory on the CPU: address space reserved "
+                                       "once, slabs committed as pages are asked for and given back when empty."},
+                           {0, NULL}};
+    PyType_Spec spec = {"kvcomp._C.Arena", sizeof(ArenaObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    arena_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return arena_type ? PyModule_AddObjectRef(module, "Arena", (PyObject *)arena_type) : -1;
+}

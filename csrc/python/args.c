@@ -1,0 +1,319 @@
+/* args.c: tensors and scalars from Python. DLPack by exchange table, versioned capsule, legacy capsule, in this order;
+ * NumPy arrays by NumPy's own C API (numpy.c). */
+#include "binding.h"
+#include "dlpack.h"
+
+#include <math.h>
+#include <string.h>
+
+static int fail(kvc_frame *frame) {
+    frame->failed = true;
+    return -1;
+}
+
+static int fail_text(kvc_frame *frame, PyObject *type, const char *name, const char *expected, const char *got) {
+    PyErr_Format(type, "%s: %s: expected %s, got %s", frame->op, name, expected, got);
+    return fail(frame);
+}
+
+static int fail_type(kvc_frame *frame, PyObject *object, const char *name, const char *expected) {
+    PyObject *type = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
+    if (type) PyErr_Format(PyExc_TypeError, "%s: %s: expected %s, got %U", frame->op, name, expected, type);
+    Py_XDECREF(type);
+    return fail(frame);
+}
+
+static int fill(kvc_frame *frame, const char *name, const dl_tensor *in, bool read_only, kvc_tensor *out) {
+    static const struct {
+        uint8_t code, bits;
+        kvc_dtype dtype;
+    } known[] = {{2, 32, KVC_FLOAT32}, {2, 16, KVC_FLOAT16}, {4, 16, KVC_BFLOAT16}, {0, 32, KVC_INT32}, {0, 64, KVC_INT64},
+                 {1, 8, KVC_UINT8},    {1, 32, KVC_UINT32},  {1, 64, KVC_UINT64},   {2, 64, KVC_FLOAT64}};
+    if (in->ndim < 0 || in->ndim > KVC_MAX_DIMS) {
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected at most %d dimensions, got %d", frame->op, name, KVC_MAX_DIMS, in->ndim);
+        return fail(frame);
+    }
+    size_t i = 0;
+    while (i < sizeof known / sizeof *known && (known[i].code != in->dtype.code || known[i].bits != in->dtype.bits)) i++;
+    if (i == sizeof known / sizeof *known || in->dtype.lanes != 1) {
+        PyErr_Format(PyExc_TypeError, "%s: %s: expected a plain float or integer type, got DLPack type code %d of %d bits",
+                     frame->op, name, in->dtype.code, in->dtype.bits);
+        return fail(frame);
+    }
+    if (in->device.type != KVC_CPU && in->device.type != KVC_CUDA) {
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU or CUDA tensor, got DLPack device type %d", frame->op, name,
+                     (int)in->device.type);
+        return fail(frame);
+    }
+    *out = (kvc_tensor){.data = (char *)in->data + in->byte_offset, .dtype = known[i].dtype, .ndim = in->ndim,
+                        .device = in->device.type, .device_id = in->device.id, .read_only = read_only};
+    int64_t stride = 1;
+    for (int axis = in->ndim - 1; axis >= 0; axis--) {
+        out->shape[axis] = in->shape[axis];
+        out->strides[axis] = in->strides ? in->strides[axis] : stride;
+        stride *= in->shape[axis];
+    }
+    return 0;
+}
+
+/* ---- exchange table: looked up once per type */
+
+#define CACHED_TYPES 8
+static struct {
+    PyTypeObject *type; /* a strong reference: types met here are few and long-lived */
+    const dl_exchange *table;
+} cache[CACHED_TYPES];
+
+static const dl_exchange *exchange_table(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    int slot = 0;
+    while (slot < CACHED_TYPES && cache[slot].type && cache[slot].type != type) slot++;
+    if (slot < CACHED_TYPES && cache[slot].type) return cache[slot].table;
+    const dl_exchange *table = NULL;
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
+    if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
+        table = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+        while (table && table->version.major != 1) table = table->previous;
+        if (table && !table->tensor_from_object) table = NULL;
+    }
+    Py_XDECREF(capsule);
+    PyErr_Clear();
+    if (slot < CACHED_TYPES && table) {
+        Py_INCREF((PyObject *)type);
+        cache[slot].type = type;
+        cache[slot].table = table;
+    }
+    return table;
+}
+
+/* ---- capsules */
+
+static int from_capsule(kvc_frame *frame, PyObject *object, const char *name, kvc_tensor *out, kvc_held *held) {
+    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
+    if (!method) {
+        PyErr_Clear();
+        return fail_type(frame, object, name, "a NumPy array or a DLPack tensor");
+    }
+    long device = KVC_CPU;
+    PyObject *where = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    if (where && PyTuple_Check(where) && PyTuple_Size(where) == 2) {
+        PyObject *number = PyNumber_Long(PyTuple_GetItem(where, 0));
+        device = number ? PyLong_AsLong(number) : -1;
+        Py_XDECREF(number);
+    }
+    Py_XDECREF(where);
+    PyErr_Clear();
+    /* CUDA: stream 1, the legacy default stream, which is the one a NULL stream launches on. */
+    PyObject *arguments = device == KVC_CUDA ? Py_BuildValue("{s:i,s:(ii)}", "stream", 1, "max_version", 1, 0)
+                                             : Py_BuildValue("{s:(ii)}", "max_version", 1, 0);
+    PyObject *nothing = PyTuple_New(0);
+    PyObject *capsule = arguments && nothing ? PyObject_Call(method, nothing, arguments) : NULL;
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* older than max_version */
+        PyErr_Clear();
+        if (arguments && PyDict_DelItemString(arguments, "max_version") == 0) capsule = PyObject_Call(method, nothing, arguments);
+    }
+    Py_XDECREF(arguments);
+    Py_XDECREF(nothing);
+    Py_DECREF(method);
+    if (!capsule) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected an exportable tensor, got a DLPack error: %S", frame->op, name,
+                     value ? value : Py_None);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        return fail(frame);
+    }
+    int result;
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+        dl_managed_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
+        PyCapsule_SetName(capsule, "used_dltensor_versioned");
+        held->managed = managed;
+        held->versioned = 1;
+        result = managed->version.major == 1
+                     ? fill(frame, name, &managed->tensor, managed->flags & DL_READ_ONLY, out)
+                     : fail_text(frame, PyExc_ValueError, name, "DLPack 1.x", "another major version");
+    } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+        dl_managed *managed = PyCapsule_GetPointer(capsule, "dltensor");
+        PyCapsule_SetName(capsule, "used_dltensor");
+        held->managed = managed;
+        held->versioned = 0;
+        result = fill(frame, name, &managed->tensor, false, out);
+    } else {
+        result = fail_text(frame, PyExc_ValueError, name, "a DLPack capsule", "another object from __dlpack__()");
+    }
+    Py_DECREF(capsule);
+    return result;
+}
+
+int frame_tensor(kvc_frame *frame, PyObject *object, const char *name, int mode, kvc_tensor *out) {
+    memset(out, 0, sizeof *out);
+    if (object == Py_None) {
+        if (mode & FRAME_OPTIONAL) return 0;
+        return fail_text(frame, PyExc_TypeError, name, "a tensor", "None");
+    }
+    kvc_held *held = &frame->held[frame->count];
+    *held = (kvc_held){0};
+    int found = arena_tensor(object, out);
+    if (found == 1) found = numpy_tensor(frame, object, name, out);
+    if (found < 0) return fail(frame);
+    if (found == 1) {
+        const dl_exchange *table = exchange_table(object);
+        dl_tensor view;
+        if (table && table->tensor_from_object(object, &view) == 0) {
+            if (fill(frame, name, &view, false, out)) return -1;
+            if (out->device == KVC_CUDA && !frame->stream && table->current_stream &&
+                table->current_stream(out->device, out->device_id, &frame->stream) != 0)
+                return fail(frame);
+        } else {
+            PyErr_Clear(); /* the capsule's error says why */
+            const int result = from_capsule(frame, object, name, out, held);
+            if (result) {
+                frame->tensors[frame->count] = out;
+                frame->names[frame->count] = name;
+                frame->modes[frame->count++] = mode; /* so that frame_return lets the capsule's memory go */
+                return -1;
+            }
+        }
+    }
+    Py_INCREF(object);
+    held->object = object;
+    frame->tensors[frame->count] = out;
+    frame->names[frame->count] = name;
+    frame->modes[frame->count++] = mode;
+    if ((mode & FRAME_OUT) && out->read_only) return fail_text(frame, PyExc_ValueError, name, "a writable tensor", "a read-only one");
+    return 0;
+}
+
+int frame_int(kvc_frame *frame, PyObject *object, const char *name, int64_t low, int64_t high, int64_t *out) {
+    PyObject *index = PyNumber_Index(object);
+    if (!index) {
+        PyErr_Clear();
+        return fail_type(frame, object, name, "an integer");
+    }
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(index, &overflow);
+    if (overflow || value < low || value > high) {
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected an integer in %lld..%lld, got %S", frame->op, name, (long long)low,
+                     (long long)high, index);
+        Py_DECREF(index);
+        return fail(frame);
+    }
+    Py_DECREF(index);
+    *out = value;
+    return 0;
+}
+
+int frame_int32(kvc_frame *frame, PyObject *object, const char *name, int64_t low, int64_t high, int32_t *out) {
+    int64_t value;
+    if (frame_int(frame, object, name, low, high, &value)) return -1;
+    *out = (int32_t)value;
+    return 0;
+}
+
+int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out) {
+    PyObject *number = PyNumber_Float(object);
+    if (!number) {
+        PyErr_Clear();
+        return fail_type(frame, object, name, "a number");
+    }
+    const double value = PyFloat_AsDouble(number);
+    if (!(value >= low && value <= high)) {
+        char range[96];
+        PyOS_snprintf(range, sizeof range, "a number in %g..%g", low, high);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected %s, got %S", frame->op, name, range, number);
+        Py_DECREF(number);
+        return fail(frame);
+    }
+    Py_DECREF(number);
+    *out = (float)value;
+    return 0;
+}
+
+int frame_layout(kvc_frame *frame, PyObject *object, kvc_layout *out) {
+    if (!PyTuple_Check(object) || PyTuple_Size(object) != 4)
+        return fail_type(frame, object, "layout", "a tuple (head_dim, group, zero_point, half)");
+    int32_t *fields[4] = {&out->head_dim, &out->group, &out->zero_point, &out->half};
+    for (Py_ssize_t i = 0; i < 4; i++)
+        if (frame_int32(frame, PyTuple_GetItem(object, i), "layout", 0, 1 << 20, fields[i])) return -1;
+    const kvc_status status = kvc_expect_layout(frame->op, out);
+    if (status != KVC_OK) {
+        raise_status(status);
+        return fail(frame);
+    }
+    return 0;
+}
+
+int frame_count(kvc_frame *frame, Py_ssize_t got, Py_ssize_t want) {
+    if (got == want) return 0;
+    PyErr_Format(PyExc_TypeError, "%s: expected %zd positional arguments, got %zd", frame->op, want, got);
+    return fail(frame);
+}
+
+/* ---- one device, no overlap */
+
+static void byte_range(const kvc_tensor *tensor, const char **low, const char **high) {
+    int64_t first = 0, last = 0;
+    for (int axis = 0; axis < tensor->ndim; axis++) {
+        const int64_t reach = (tensor->shape[axis] - 1) * tensor->strides[axis];
+        if (reach < 0) first += reach;
+        else last += reach;
+    }
+    const int64_t size = kvc_dtype_size(tensor->dtype);
+    *low = (const char *)tensor->data + first * size;
+    *high = (const char *)tensor->data + (last + 1) * size;
+}
+
+int frame_check(kvc_frame *frame) {
+    for (int i = 0; i < frame->count; i++) {
+        const kvc_tensor *tensor = frame->tensors[i];
+        if (tensor->device == KVC_CUDA && !(frame->modes[i] & FRAME_CUDA)) {
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU tensor, got one on cuda:%d", frame->op, frame->names[i],
+                         tensor->device_id);
+            return fail(frame);
+        }
+        if (tensor->device != frame->tensors[0]->device || tensor->device_id != frame->tensors[0]->device_id) {
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected the device of %s (%s:%d), got %s:%d", frame->op, frame->names[i],
+                         frame->names[0], frame->tensors[0]->device == KVC_CUDA ? "cuda" : "cpu", frame->tensors[0]->device_id,
+                         tensor->device == KVC_CUDA ? "cuda" : "cpu", tensor->device_id);
+            return fail(frame);
+        }
+        if (!(frame->modes[i] & FRAME_OUT) || kvc_elements(tensor) == 0) continue;
+        for (int axis = 0; axis < tensor->ndim; axis++)
+            if (tensor->shape[axis] > 1 && tensor->strides[axis] == 0)
+                return fail_text(frame, PyExc_ValueError, frame->names[i], "an output whose elements are distinct",
+                                 "a broadcast one (a stride of 0)");
+        const char *low, *high;
+        byte_range(tensor, &low, &high);
+        for (int j = 0; j < frame->count; j++) {
+            if (j == i || kvc_elements(frame->tensors[j]) == 0) continue;
+            const char *other_low, *other_high;
+            byte_range(frame->tensors[j], &other_low, &other_high);
+            if (low < other_high && other_low < high) {
+                PyErr_Format(PyExc_ValueError, "%s: %s: expected memory of its own, got an overlap with %s", frame->op,
+                             frame->names[i], frame->names[j]);
+                return fail(frame);
+            }
+        }
+    }
+    return 0;
+}
+
+kvc_device frame_device(const kvc_frame *frame) { return frame->count ? frame->tensors[0]->device : KVC_CPU; }
+
+PyObject *frame_return(kvc_frame *frame) {
+    for (int i = 0; i < frame->count; i++) {
+        kvc_held *held = &frame->held[i];
+        if (held->managed && held->versioned) {
+            dl_managed_versioned *managed = held->managed;
+            if (managed->deleter) managed->deleter(managed);
+        } else if (held->managed) {
+            dl_managed *managed = held->managed;
+            if (managed->deleter) managed->deleter(managed);
+        }
+        Py_XDECREF(held->object);
+    }
+    if (frame->failed) return NULL;
+    Py_RETURN_NONE;
+}

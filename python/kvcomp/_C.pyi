@@ -1,0 +1,154 @@
+"""The C extension. Arguments are positional; tensors are NumPy arrays or anything that speaks DLPack.
+
+Contracts (shapes, units, layout, errors, sources): csrc/kvcomp/<operation>.h.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+_Tensor: TypeAlias = Any
+_Layout: TypeAlias = tuple[int, int, int, int]
+
+class BudgetError(ValueError): ...
+class CudaError(RuntimeError): ...
+
+class Arena:
+    """Page memory on the CPU: address space reserved once, committed slab by slab, given back when a slab is empty."""
+
+    def __new__(cls, reserve_bytes: int = ..., /) -> Arena: ...
+    def alloc(self, page_bytes: int, count: int, /) -> np.ndarray[Any, np.dtype[np.uint32]]: ...
+    def free(self, page_bytes: int, units: np.ndarray[Any, np.dtype[np.uint32]], /) -> None: ...
+    def copy(
+        self, page_bytes: int, source: np.ndarray[Any, np.dtype[np.uint32]], target: np.ndarray[Any, np.dtype[np.uint32]], /
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+
+def pack(
+    arena: Arena | _Tensor,
+    keys: _Tensor,
+    values: _Tensor,
+    pages: _Tensor,
+    lists: _Tensor,
+    start: _Tensor,
+    tokens: _Tensor,
+    layout: _Layout,
+    rotation: int,
+    scale: int,
+    stochastic: int,
+    layer: int,
+    seed: int,
+    /,
+) -> None: ...
+def unpack(
+    keys: _Tensor,
+    values: _Tensor,
+    arena: Arena | _Tensor,
+    pages: _Tensor,
+    lists: _Tensor,
+    start: _Tensor,
+    tokens: _Tensor,
+    layout: _Layout,
+    rotation: int,
+    /,
+) -> None: ...
+def append(
+    arena: Arena | _Tensor,
+    table: _Tensor,
+    lists: _Tensor,
+    pool_tail: _Tensor,
+    pool_packed: _Tensor,
+    counts: _Tensor,
+    keys: _Tensor,
+    values: _Tensor,
+    valid: _Tensor | None,
+    layout: _Layout,
+    k_bits: int,
+    v_bits: int,
+    window: int,
+    rotation: int,
+    scale: int,
+    stochastic: int,
+    layer: int,
+    seed: int,
+    /,
+) -> None: ...
+def append_need(tail_tokens: int, q: int, window: int, packs: bool, /) -> tuple[int, int]: ...
+def attend(
+    out: _Tensor,
+    mass: _Tensor | None,
+    queries: _Tensor,
+    arena: Arena | _Tensor,
+    table: _Tensor,
+    lists: _Tensor,
+    new_tokens: _Tensor | None,
+    workspace: _Tensor,
+    layout: _Layout,
+    rotation: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    /,
+) -> None: ...
+def attend_workspace(lists: int, pages: int, group: int, q: int, head_dim: int, /) -> int: ...
+def page_bytes(layout: _Layout, k_bits: int, v_bits: int, /) -> int: ...
+def page_tokens(k_bits: int, v_bits: int, /) -> int: ...
+def scale_bytes(layout: _Layout, k_bits: int, v_bits: int, /) -> int: ...
+def score(
+    importance: _Tensor,
+    queries: _Tensor,
+    keys: _Tensor,
+    first: _Tensor | None,
+    workspace: _Tensor,
+    scale: float,
+    softcap: float,
+    reduce: int,
+    pool_kind: int,
+    pool: int,
+    /,
+) -> None: ...
+def score_workspace(b: int, hq: int, w: int, s: int, d: int, /) -> int: ...
+def select(
+    kept: _Tensor,
+    importance: _Tensor | None,
+    keep: _Tensor,
+    first: _Tensor | None,
+    workspace: _Tensor,
+    sinks: int,
+    window: int,
+    /,
+) -> None: ...
+def select_workspace(n: int, s: int, /) -> int: ...
+def share(shares: _Tensor, weight: _Tensor, floor: _Tensor, ceiling: _Tensor, total: int, /) -> None: ...
+def pyramid(weight: _Tensor, beta: float, /) -> None: ...
+def plan(
+    k_bits: _Tensor,
+    v_bits: _Tensor,
+    importance: _Tensor,
+    kept: _Tensor,
+    fixed: _Tensor,
+    distortion_k: _Tensor,
+    distortion_v: _Tensor,
+    drop: _Tensor,
+    allowed: _Tensor,
+    least_tokens: _Tensor | None,
+    guard: _Tensor | None,
+    workspace: _Tensor,
+    layout: _Layout,
+    budget: int,
+    entry_bytes: int,
+    list_bytes: int,
+    fixed_class: int,
+    /,
+) -> tuple[int, int, int, int, int, float]: ...
+def plan_workspace(n: int, s: int, /) -> int: ...
+def set_threads(threads: int, /) -> None: ...
+def threads() -> int: ...
+def cuda_info() -> dict[str, Any]: ...
+def simd() -> str: ...
+
+FORMAT_VERSION: int
+VERSION: str

@@ -1,0 +1,53 @@
+"""One layer of a prompt, as compression takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class LayerInput:
+    """One layer of a prompt.
+
+    Attributes:
+        keys, values: (b, h, s, d) float32, float16 or bfloat16, NumPy or torch, after RoPE.
+        queries: (b, hq, w, d) the prompt's last w queries after RoPE, for importance; None where nothing needs them.
+        importance: (b, h, s) float32 >= 0 from outside, in the place of scores; None: scored from queries.
+        first: (b,) first real token of each left-padded sequence; None: 0.
+        scale, softcap: of the attention's logits; scale None: 1 / sqrt(d).
+    """
+
+    keys: Any
+    values: Any
+    queries: Any = None
+    importance: Any = None
+    first: Array | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, s, d = self.keys.shape
+        return int(b), int(h), int(s), int(d)
+
+    @property
+    def logit_scale(self) -> float:
+        return float(self.shape[3]) ** -0.5 if self.scale is None else self.scale
+
+
+def to_float32(tensor: Any) -> Array:
+    """float32 values of a NumPy or torch tensor."""
+    return np.asarray(tensor, np.float32) if isinstance(tensor, np.ndarray) else np.asarray(tensor.detach().float())
+
+
+def first_tokens(layer: LayerInput) -> Array:
+    b, _, s, _ = layer.shape
+    first = np.zeros(b, np.int32) if layer.first is None else np.ascontiguousarray(layer.first, np.int32)
+    if first.shape != (b,) or (first < 0).any() or (first > s).any():
+        raise ValueError(f"compress: first: expected {b} indices in 0..{s}, got {first.tolist()}")
+    return first

@@ -1,0 +1,103 @@
+"""Importance of tokens, and the error that each number of bits costs, measured on the prompt itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import _C
+from .layer_input import Array, LayerInput, first_tokens, to_float32
+from .policy import BITS, Full, Policy, Streaming
+from .store import PAGE, Coding, workspace
+
+
+def importance_of(layer: LayerInput, policy: Policy) -> Array:
+    """(b, h, s) float32 importance of every token: handed in, scored from the window's queries, or recency."""
+    b, h, s, d = layer.shape
+    if layer.importance is not None:
+        given = np.ascontiguousarray(to_float32(layer.importance))
+        if not np.isfinite(given).all() or (given < 0).any():
+            raise ValueError("compress: importance: expected finite values of 0 or more, got NaN, Inf or less")
+        return given
+    select = policy.select if policy.select is not None else Full()
+    if isinstance(select, Streaming):
+        return np.broadcast_to(np.arange(1, s + 1, dtype=np.float32) / max(s, 1), (b, h, s)).copy()
+    if layer.queries is None:
+        raise ValueError("compress: queries: expected the prompt's last queries or an importance, got neither")
+    queries = layer.queries[:, :, -min(select.window, s) :]
+    out = np.empty((b, h, s), np.float32)
+    scratch = workspace(_C.score_workspace(b, int(queries.shape[1]), int(queries.shape[2]), s, d))
+    _C.score(
+        out, queries, layer.keys, first_tokens(layer), scratch, layer.logit_scale, layer.softcap,
+        0 if select.reduce == "sum" else 1, 0 if select.pool_kind == "avg" else 1, select.pool | 1,
+    )  # fmt: skip
+    return out
+
+
+def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) -> tuple[Array, Array, Array]:
+    """Error of a unit of attention on one token: K, V stored at 2, 3, 4, 8, 16 bits (lists, 5), dropped (lists,).
+
+    Squared error of the attention output, measured on ``tokens`` evenly spaced real tokens of every list. A value's
+    error enters as it is, ``d * mse``. A key's error moves the logit by a nearly normal amount of variance
+    ``v = scale^2 |q|^2 mse``, and so the token's weight by ``exp(v) - 1`` of its square, times the values' spread.
+    A token that is dropped costs that spread.
+    """
+    b, h, s, d = layer.shape
+    first = first_tokens(layer)
+    spots = [np.unique(np.linspace(f, max(s - 1, f), min(tokens, s - f)).astype(np.int32)) for f in first]
+    most = max(len(spot) for spot in spots)
+    keys, values = np.zeros((b, h, most, d), np.float32), np.zeros((b, h, most, d), np.float32)
+    real = np.zeros((b, 1, most, 1), np.float32)
+    for row, spot in enumerate(spots):
+        if len(spot):
+            keys[row, :, : len(spot)] = to_float32(layer.keys[row][:, spot])
+            values[row, :, : len(spot)] = to_float32(layer.values[row][:, spot])
+            real[row, :, : len(spot)] = 1
+    counts = np.maximum(real.sum(2), 1)
+    mean = values.sum(2) / counts
+    spread = ((values - mean[:, :, None]) ** 2 * real).sum((2, 3)) / counts[..., 0]
+    query_norm = np.full((b, h), float(d), np.float32)
+    if layer.queries is not None and layer.queries.shape[2]:
+        squares = (to_float32(layer.queries) ** 2).sum(3)
+        query_norm = squares.reshape(b, h, -1).mean(2)
+    errors = np.zeros((2, b * h, len(BITS)), np.float32)
+    for column, bits in enumerate(BITS[:-1]):
+        for part, mse in enumerate(_round_trip(keys, values, real, coding, bits, index)):
+            errors[part, :, column] = mse
+    variance = (layer.logit_scale**2 * query_norm.reshape(-1, 1)) * errors[0]
+    drop = np.maximum(spread.reshape(-1), 1e-12).astype(np.float32)
+    distortion_k = np.expm1(np.minimum(variance, 2.0)) * drop[:, None]
+    return _falling(distortion_k), _falling(d * errors[1]), drop
+
+
+def _falling(table: Array) -> Array:
+    """Rows made non-increasing with bits: a measured mean may wiggle on few tokens."""
+    return np.ascontiguousarray(np.maximum.accumulate(table[:, ::-1], axis=1)[:, ::-1], np.float32)
+
+
+def _round_trip(
+    keys: Array, values: Array, real: Array, coding: Coding, bits: int, index: int
+) -> tuple[Array, Array]:
+    """Mean squared error per element of K and of V (lists,), after packing at ``bits``; ``real`` (b, 1, s, 1) marks rows."""
+    b, h, most, _ = keys.shape
+    size, room = _C.page_bytes(coding.layout, bits, bits), _C.page_tokens(bits, bits)
+    per_list = -(-most // room)
+    arena = _C.Arena(b * h * per_list * size + 4096)
+    pages = np.zeros(b * h * per_list, PAGE)
+    pages["unit"] = arena.alloc(size, len(pages))
+    pages["k_bits"] = pages["v_bits"] = bits
+    start = np.tile(np.arange(per_list) * room, b * h).astype(np.int32)
+    pages["tokens"] = np.minimum(room, most - start)
+    lists = np.repeat(np.arange(b * h, dtype=np.int32), per_list)
+    tokens = np.arange(most, dtype=np.int32)
+    _C.pack(
+        arena, keys, values, pages.view(np.uint64), lists, start, tokens, coding.layout, coding.rotation, coding.scale,
+        coding.stochastic, index, coding.seed,
+    )  # fmt: skip
+    out = np.empty_like(keys), np.empty_like(values)
+    _C.unpack(*out, arena, pages.view(np.uint64), lists, start, tokens, coding.layout, coding.rotation)
+    counts = np.maximum(real.sum(2), 1)
+    k, v = (
+        (((after - before) ** 2 * real).mean(3).sum(2) / counts[..., 0]).reshape(-1)
+        for after, before in zip(out, (keys, values), strict=True)
+    )
+    return k, v
