@@ -1,0 +1,152 @@
+"""What the layers of one packed cache share: the prompt until it is compressed, the packed layers, the padding."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import BudgetWarning
+from ..layer_input import LayerInput
+from ..policy import Policy
+from ..prompt import Packed, compress_prompt
+from .padding import Padding, Rows, left_padding, new_rows
+
+
+def _own(rows: torch.Tensor) -> torch.Tensor:
+    """rows, copied where they are a part of something larger that would stay alive with them."""
+    return rows if rows.untyped_storage().nbytes() <= rows.nbytes else rows.clone()
+
+
+class State:
+    """The shared state of a cache of `layers` layers."""
+
+    def __init__(self, config: Any, policy: Policy, layers: int) -> None:
+        self.config = config
+        self.policy = policy
+        self.layers = layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to an unused cache."""
+        self.seen = [0] * self.layers  # positions each layer has been given, padding included
+        self.packed: Packed | None = None
+        self.ratio: float | None = None
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K, V between update and attention
+        self._prompt: list[LayerInput] = []
+        self._first: np.ndarray[Any, Any] | None = None  # first real token of every sequence
+        self._padding = Padding()
+        self._rows = Rows()
+
+    def take(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Layer `index` is given keys, values (b,h,q,d), held until its attention has run. Layers come in order, one
+        pass after the other."""
+        count = keys.shape[2]
+        ahead = self.seen[0] if index else self.seen[0] + count
+        if (index == 0 and (len(set(self.seen)) > 1 or self._prompt)) or self.seen[index] + count != ahead:
+            raise RuntimeError(
+                f"Cache: layer {index}: expected every layer once in every forward pass, got an earlier pass that did "
+                f"not finish; reset() empties the cache"
+            )
+        self.seen[index] += count
+        self._new = (keys, values)
+
+    def give_back(self, index: int) -> None:
+        """The pass failed in layer `index`: undone where nothing has been stored yet."""
+        if self.packed is None:
+            self.reset()
+        elif index == 0 and self._new is not None:
+            self.seen[0] -= self._new[0].shape[2]
+        self._new = None
+
+    def _check_mask(self, real: torch.Tensor | None, batch: int) -> None:
+        if real is not None and tuple(real.shape) != (batch, self.seen[0]):
+            raise ValueError(
+                f"Cache: attention_mask: expected shape ({batch}, {self.seen[0]}), all positions seen and the new "
+                f"ones, got {tuple(real.shape)}"
+            )
+
+    def first(self, index: int, queries: torch.Tensor, real: torch.Tensor | None, scale: float, softcap: float) -> None:
+        """Layer `index` has attended over the prompt with queries (b,hq,s,d): K, V and the last queries are kept, and
+        after the last layer all of them are compressed together.
+
+        real (b,s) bool: left padding. ValueError for padding anywhere else."""
+        assert self._new is not None
+        keys, values = self._new
+        batch, _, count, _ = keys.shape
+        if index == 0:
+            self._check_mask(real, batch)
+            self._first = None if real is None or bool(real.all()) else left_padding(real).numpy()
+        window = self.policy.scoring_window
+        self._prompt.append(
+            LayerInput(
+                keys=_own(keys),
+                values=_own(values),
+                queries=_own(queries[:, :, -window:]) if window else None,
+                first=self._first,
+                scale=scale,
+                softcap=softcap,
+            )
+        )
+        self._new = None
+        if index == self.layers - 1:
+            self._padding.extend(None if self._first is None else real, batch, count)
+            self._compress()
+
+    def _compress(self) -> None:
+        prompt, self._prompt = self._prompt, []
+        packed = compress_prompt(prompt, self.policy, least_if_over=True)
+        if packed.report.over_budget:
+            warnings.warn(
+                f"Cache: policy: expected a budget of at least {packed.nbytes} bytes for this prompt (a ratio of "
+                f"{packed.ratio:.3g} or less), got {packed.report.budget_bytes} bytes: the smallest plan is kept",
+                BudgetWarning,
+                stacklevel=2,
+            )
+        self.packed, self.ratio = packed, packed.ratio
+
+    def later(
+        self, index: int, queries: torch.Tensor, real: torch.Tensor | None, scale: float, softcap: float
+    ) -> torch.Tensor:
+        """Appends the new keys and values to layer `index` and attends with queries (b,hq,q,d); zeros for padding."""
+        assert self.packed is not None and self._new is not None
+        keys, values = self._new
+        batch, _, count, _ = keys.shape
+        if index == 0:
+            self._rows = self._new_rows(batch, count, real)
+        rows = self._rows
+        out = self.packed.layers[index].append_attend(
+            rows.gather(queries),
+            rows.gather(keys),
+            rows.gather(values),
+            scale=scale,
+            softcap=softcap,
+            valid=None if rows.valid is None else rows.valid.numpy(),
+        )
+        if index == 0:
+            self._padding.extend(None if real is None else real[:, -count:], batch, count)
+        self._new = None
+        return rows.scatter(out)
+
+    def _new_rows(self, batch: int, count: int, real: torch.Tensor | None) -> Rows:
+        """Which of the `count` new rows are padding. ValueError where the mask denies what is stored."""
+        self._check_mask(real, batch)
+        if real is None:
+            return Rows()
+        wrong = (real[:, :-count] != self._padding.real()).nonzero()
+        if len(wrong):
+            sequence, position = wrong[0].tolist()
+            raise ValueError(
+                f"Cache: attention_mask: expected the padding that the cache was filled with (what is stored cannot be "
+                f"masked later), got another value for sequence {sequence}, position {position}"
+            )
+        return new_rows(real[:, -count:])
+
+    def select(self, index: int, indices: torch.Tensor) -> None:
+        """The batch of layer `index` becomes its sequences `indices`, in that order, with repetitions."""
+        if self.packed is None:
+            return
+        chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.packed.layers[index].select(chosen.cpu().numpy())
+        if index == 0:
+            self._padding.select(chosen.tolist())
