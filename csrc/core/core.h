@@ -34,6 +34,8 @@ kvc_status kvc_expect_contiguous(const char *op, const char *name, const kvc_ten
 kvc_status kvc_expect_rows(const char *op, const char *name, const kvc_tensor *tensor);  /* last axis contiguous */
 kvc_status kvc_expect_layout(const char *op, const kvc_layout *layout);
 kvc_status kvc_expect_workspace(const char *op, const kvc_tensor *workspace, int64_t bytes);
+/* Memory of pages: (bytes,) uint8, aligned for the widest loads. */
+kvc_status kvc_expect_arena(const char *op, const kvc_tensor *arena);
 /* A contiguous tensor of one dtype and shape: the three checks above in one. */
 kvc_status kvc_expect_array(const char *op, const char *name, const kvc_tensor *tensor, int dtype, int ndim, const int64_t *shape);
 
@@ -48,7 +50,8 @@ static inline char *kvc_at(const kvc_tensor *tensor, int64_t i, int64_t j, int64
     return (char *)tensor->data +
            kvc_dtype_size(tensor->dtype) * (i * tensor->strides[0] + j * tensor->strides[1] + k * tensor->strides[2]);
 }
-/* True when every element of rows (b,h,s,d) is finite. */
+/* True when every element of a row of n, or of rows (b,h,s,d), is finite. */
+bool kvc_row_finite(const void *row, int dtype, int64_t n);
 bool kvc_all_finite(const kvc_tensor *tensor);
 
 /* Runs body(context, i) for i in 0..n-1 on up to `threads` threads (0: kvc_threads()), the caller's included; returns

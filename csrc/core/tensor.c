@@ -77,9 +77,10 @@ kvc_status kvc_expect_contiguous(const char *op, const char *name, const kvc_ten
 
 kvc_status kvc_expect_rows(const char *op, const char *name, const kvc_tensor *tensor) {
     const int last = tensor->ndim - 1;
-    KVC_CHECK(last < 0 || tensor->shape[last] <= 1 || tensor->strides[last] == 1, KVC_EINVAL,
-              "%s: %s: expected contiguous channels (last stride 1), got last stride %lld", op, name,
-              (long long)tensor->strides[last]);
+    const int64_t stride = last < 0 || tensor->shape[last] <= 1 ? 1 : tensor->strides[last];
+    /* A new empty NumPy array has strides of 0. */
+    KVC_CHECK(stride == 1 || (stride == 0 && kvc_elements(tensor) == 0), KVC_EINVAL,
+              "%s: %s: expected contiguous channels (last stride 1), got last stride %lld", op, name, (long long)stride);
     return KVC_OK;
 }
 
@@ -88,6 +89,13 @@ kvc_status kvc_expect_array(const char *op, const char *name, const kvc_tensor *
     KVC_TRY(kvc_expect_dtype(op, name, tensor, dtype));
     KVC_TRY(kvc_expect_shape(op, name, tensor, ndim, shape));
     return kvc_expect_contiguous(op, name, tensor);
+}
+
+kvc_status kvc_expect_arena(const char *op, const kvc_tensor *arena) {
+    KVC_TRY(kvc_expect_array(op, "arena", arena, KVC_UINT8, 1, (int64_t[]){-1}));
+    KVC_CHECK(((uintptr_t)arena->data & 15) == 0, KVC_EINVAL, "%s: arena: expected 16-byte alignment, got address %p", op,
+              arena->data);
+    return KVC_OK;
 }
 
 kvc_status kvc_expect_layout(const char *op, const kvc_layout *layout) {
@@ -174,19 +182,20 @@ void kvc_store_row(void *row, const float *in, int dtype, int64_t n) {
     }
 }
 
+bool kvc_row_finite(const void *row, int dtype, int64_t n) {
+    const uint32_t exponent32 = 0x7f800000, exponent16 = dtype == KVC_BFLOAT16 ? 0x7f80 : 0x7c00;
+    uint32_t bad = 0;
+    if (dtype == KVC_FLOAT32)
+        for (int64_t c = 0; c < n; c++) bad |= (((const uint32_t *)row)[c] & exponent32) == exponent32;
+    else
+        for (int64_t c = 0; c < n; c++) bad |= (((const uint16_t *)row)[c] & exponent16) == exponent16;
+    return !bad;
+}
+
 bool kvc_all_finite(const kvc_tensor *tensor) {
-    const int64_t d = tensor->shape[3];
-    const uint32_t exponent32 = 0x7f800000, exponent16 = tensor->dtype == KVC_BFLOAT16 ? 0x7f80 : 0x7c00;
     for (int64_t i = 0; i < tensor->shape[0]; i++)
         for (int64_t j = 0; j < tensor->shape[1]; j++)
-            for (int64_t k = 0; k < tensor->shape[2]; k++) {
-                const void *row = kvc_at(tensor, i, j, k);
-                uint32_t bad = 0;
-                if (tensor->dtype == KVC_FLOAT32)
-                    for (int64_t c = 0; c < d; c++) bad |= (((const uint32_t *)row)[c] & exponent32) == exponent32;
-                else
-                    for (int64_t c = 0; c < d; c++) bad |= (((const uint16_t *)row)[c] & exponent16) == exponent16;
-                if (bad) return false;
-            }
+            for (int64_t k = 0; k < tensor->shape[2]; k++)
+                if (!kvc_row_finite(kvc_at(tensor, i, j, k), tensor->dtype, tensor->shape[3])) return false;
     return true;
 }

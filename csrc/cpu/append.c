@@ -35,6 +35,11 @@ void kvc_append_need(int tail_tokens, int q, int window, int packs_aged, int *ta
     }
 }
 
+/* New tokens of a sequence. */
+static int valid_of(const kvc_append_args *args, int64_t sequence) {
+    return kvc_given(&args->valid) ? ((const int32_t *)args->valid.data)[sequence] : (int)args->keys.shape[2];
+}
+
 static kvc_status check(const kvc_append_args *args) {
     const int d = args->layout.head_dim;
     KVC_TRY(kvc_expect_layout("append", &args->layout));
@@ -45,7 +50,7 @@ static kvc_status check(const kvc_append_args *args) {
     KVC_TRY(kvc_expect_rows("append", "keys", &args->keys));
     KVC_TRY(kvc_expect_rows("append", "values", &args->values));
     const int64_t b = args->keys.shape[0], h = args->keys.shape[1], q = args->keys.shape[2], n = b * h;
-    KVC_TRY(kvc_expect_array("append", "arena", &args->arena, KVC_UINT8, 1, (int64_t[]){-1}));
+    KVC_TRY(kvc_expect_arena("append", &args->arena));
     KVC_TRY(kvc_expect_array("append", "table", &args->table, KVC_UINT64, 2, (int64_t[]){n, -1}));
     KVC_TRY(kvc_expect_array("append", "lists", &args->lists, KVC_INT32, 2, (int64_t[]){n, 4}));
     KVC_TRY(kvc_expect_array("append", "pool_tail", &args->pool_tail, KVC_UINT32, 1, (int64_t[]){-1}));
@@ -64,17 +69,21 @@ static kvc_status check(const kvc_append_args *args) {
     KVC_CHECK(counts[0] >= 0 && counts[0] <= args->pool_tail.shape[0] && counts[1] >= 0 && counts[1] <= args->pool_packed.shape[0],
               KVC_EINVAL, "append: counts: expected 0..%lld and 0..%lld, got %d and %d", (long long)args->pool_tail.shape[0],
               (long long)args->pool_packed.shape[0], counts[0], counts[1]);
+    const int64_t tail_bytes = kvc_page_bytes(&args->layout, 16, 16);
+    const int64_t packed_bytes = kvc_page_bytes(&args->layout, args->k_bits, args->v_bits);
     /* Lists run one after the other, so what the first gives back serves the next: walk as the operation will. */
     int64_t tail = counts[0], packed = counts[1], tail_total = counts[0];
     for (int64_t i = 0; i < n; i++) {
         const kvc_list *list = (const kvc_list *)args->lists.data + i;
-        const int valid = kvc_given(&args->valid) ? ((const int32_t *)args->valid.data)[i / h] : (int)q;
+        const int valid = valid_of(args, i / h);
         KVC_CHECK(valid >= 0 && valid <= q, KVC_EINVAL, "append: valid: expected 0..%lld, got %d", (long long)q, valid);
-        const int tail_pages = (list->tail_tokens + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS;
+        const int64_t tail_pages = ((int64_t)list->tail_tokens + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS;
         KVC_CHECK(list->pages >= 0 && list->tail_page >= 0 && list->tail_tokens >= 0 && list->pages <= args->table.shape[1] &&
                       list->tail_page + tail_pages == list->pages && list->tokens >= list->tail_tokens,
                   KVC_EINVAL, "append: lists: expected a consistent state, got pages %d, tail_page %d, tail_tokens %d in list %lld",
                   list->pages, list->tail_page, list->tail_tokens, (long long)i);
+        KVC_CHECK(list->tokens <= INT32_MAX - valid, KVC_EINVAL, "append: keys: expected fewer than 2^31 tokens, got %d and %d more",
+                  list->tokens, valid);
         int peak, flushes;
         kvc_append_need(list->tail_tokens, valid, args->window, packs(args), &peak, &flushes);
         KVC_CHECK(peak <= tail && flushes <= packed, KVC_EINVAL,
@@ -90,17 +99,17 @@ static kvc_status check(const kvc_append_args *args) {
                   (long long)i, (long long)args->table.shape[1], list->pages);
         const kvc_page *row = (const kvc_page *)args->table.data + i * args->table.shape[1];
         for (int p = list->tail_page; p < list->pages; p++) {
-            const int expected = p + 1 < list->pages ? KVC_TAIL_TOKENS : list->tail_tokens - (tail_pages - 1) * KVC_TAIL_TOKENS;
-            KVC_CHECK(row[p].k_bits == 16 && row[p].v_bits == 16 && row[p].tokens == expected, KVC_EINVAL,
-                      "append: table: expected a tail page of %d tokens, got K %d, V %d, %d tokens in list %lld", expected,
-                      row[p].k_bits, row[p].v_bits, row[p].tokens, (long long)i);
+            const int expected = p + 1 < list->pages ? KVC_TAIL_TOKENS : (list->tail_tokens - 1) % KVC_TAIL_TOKENS + 1;
+            KVC_CHECK(row[p].k_bits == 16 && row[p].v_bits == 16 && row[p].tokens == expected &&
+                          (int64_t)row[p].unit * KVC_UNIT + tail_bytes <= args->arena.shape[0],
+                      KVC_EINVAL,
+                      "append: table: expected a tail page of %d tokens in the arena, got K %d, V %d, %d tokens at unit %u in list %lld",
+                      expected, row[p].k_bits, row[p].v_bits, row[p].tokens, row[p].unit, (long long)i);
         }
     }
     KVC_CHECK(tail_total <= args->pool_tail.shape[0], KVC_ESHAPE,
               "append: pool_tail: expected room for all %lld tail pages, its own and the lists', got %lld",
               (long long)tail_total, (long long)args->pool_tail.shape[0]);
-    const int64_t tail_bytes = kvc_page_bytes(&args->layout, 16, 16);
-    const int64_t packed_bytes = kvc_page_bytes(&args->layout, args->k_bits, args->v_bits);
     for (int p = 0; p < 2; p++) {
         const uint32_t *units = p ? args->pool_packed.data : args->pool_tail.data;
         for (int32_t i = 0; i < counts[p]; i++)
@@ -108,8 +117,14 @@ static kvc_status check(const kvc_append_args *args) {
                       "append: pool: expected pages inside the arena's %lld bytes, got unit %u", (long long)args->arena.shape[0],
                       units[i]);
     }
-    KVC_CHECK(kvc_all_finite(&args->keys), KVC_EINVAL, "append: keys: expected finite values, got NaN or Inf");
-    KVC_CHECK(kvc_all_finite(&args->values), KVC_EINVAL, "append: values: expected finite values, got NaN or Inf");
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = q - valid_of(args, i / h); j < q; j++)
+            for (int half = 0; half < 2; half++) {
+                const kvc_tensor *rows = half ? &args->values : &args->keys;
+                KVC_CHECK(kvc_row_finite(kvc_at(rows, i / h, i % h, j), rows->dtype, d), KVC_EINVAL,
+                          "append: %s: expected finite values, got NaN or Inf in row %lld of list %lld", half ? "values" : "keys",
+                          (long long)j, (long long)i);
+            }
     return KVC_OK;
 }
 
@@ -182,8 +197,7 @@ kvc_status kvc_append_cpu(const kvc_append_args *args, kvc_stream stream) {
         kvc_list *list = (kvc_list *)args->lists.data + i;
         kvc_page *row = (kvc_page *)args->table.data + i * args->table.shape[1];
         const kvc_rounding rounding = {&args->layout, args->scale, args->stochastic, args->layer, (int)i, args->seed};
-        const int64_t valid = kvc_given(&args->valid) ? ((const int32_t *)args->valid.data)[i / h] : q;
-        for (int64_t j = q - valid; j < q; j++) {
+        for (int64_t j = q - valid_of(args, i / h); j < q; j++) {
             while (packs(args) && list->tail_tokens >= args->window + P) flush(args, list, row, &rounding);
             append_token(args, list, row, i / h, i % h, j);
         }

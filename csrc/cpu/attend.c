@@ -47,7 +47,10 @@ static int64_t chunks_of(int64_t pages) { return pages < 1 ? 1 : (pages + CHUNK 
 static int64_t blocks_of(int64_t group, int64_t q) { return (group * q + KVC_BLOCK - 1) / KVC_BLOCK; }
 
 int64_t kvc_attend_workspace(int64_t n, int64_t pages, int64_t group, int64_t q, int32_t head_dim) {
-    return n * chunks_of(pages) * blocks_of(group, q) * KVC_BLOCK * (head_dim + 2) * (int64_t)sizeof(float);
+    const int64_t factors[] = {chunks_of(pages), blocks_of(group, q), KVC_BLOCK * (head_dim + 2) * (int64_t)sizeof(float)};
+    for (int i = 0; i < 3; i++)
+        if (__builtin_mul_overflow(n, factors[i], &n)) return INT64_MAX;
+    return n;
 }
 
 static const kvc_list *list_at(const job *j, int64_t i) { return (const kvc_list *)j->args->lists.data + i; }
@@ -245,7 +248,7 @@ static kvc_status check(const kvc_attend_args *args, job *j) {
     KVC_TRY(kvc_expect_float("attend", "out", &args->out));
     KVC_TRY(kvc_expect_rows("attend", "out", &args->out));
     const int64_t b = args->queries.shape[0], hq = args->queries.shape[1], q = args->queries.shape[2];
-    KVC_TRY(kvc_expect_array("attend", "arena", &args->arena, KVC_UINT8, 1, (int64_t[]){-1}));
+    KVC_TRY(kvc_expect_arena("attend", &args->arena));
     KVC_TRY(kvc_expect_array("attend", "table", &args->table, KVC_UINT64, 2, (int64_t[]){-1, -1}));
     const int64_t n = args->table.shape[0], capacity = args->table.shape[1];
     KVC_TRY(kvc_expect_array("attend", "lists", &args->lists, KVC_INT32, 2, (int64_t[]){n, 4}));
@@ -297,7 +300,11 @@ kvc_status kvc_attend_cpu(const kvc_attend_args *args, kvc_stream stream) {
     job j;
     KVC_TRY(check(args, &j));
     const int64_t n = args->table.shape[0];
-    if (n == 0 || j.q == 0 || j.group == 0) return KVC_OK;
+    if (n == 0) return KVC_OK;
+    if (j.blocks == 0) { /* no queries */
+        if (kvc_given(&args->mass)) memset(args->mass.data, 0, (size_t)kvc_elements(&args->mass) * sizeof(float));
+        return KVC_OK;
+    }
     kvc_parallel(n * j.chunks * j.blocks, args->threads, attend_item, &j);
     kvc_parallel(n * j.group * j.q, n * j.group * j.q < 256 ? 1 : args->threads, merge_row, &j);
     if (kvc_given(&args->mass)) kvc_parallel(n * j.chunks, args->threads, mass_item, &j);

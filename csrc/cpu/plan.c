@@ -1,8 +1,8 @@
 /* plan.c: one byte budget over all lists, spent where a byte saves the most error.
  *
- * Lists are ranked and cut into runs in parallel; then one heap holds, of every run whose next step is open, error saved
- * per byte. A step is open while the run before it in its list is at the step's level or above, which is what keeps bits
- * from rising with falling importance, whatever the costs of a short last run.
+ * Lists are ranked and cut into runs in parallel; then one heap holds, of every run whose next step is open, error
+ * saved per byte. A step is open while the run before it in its list is at the step's level or above, which is what
+ * keeps bits from rising with falling importance, whatever the costs of a short last run.
  *
  * More budget never gives a larger objective: two budgets take the same steps until one fits the larger budget only.
  * From there on the smaller one may save, with what is left, no more than that step would have (`room` below). Where
@@ -17,7 +17,8 @@
 
 #define RUN KVC_PAGE_TOKENS
 #define SORTERS 64 /* how many lists are ranked at a time */
-#define LEVELS 10  /* a chain of classes rising in both halves has at most nine; 0 is dropped */
+#define TOP (KVC_PLAN_LEVELS - 1)
+#define LEVELS 10 /* a chain of classes rising in both halves has at most nine; 0 is dropped */
 #define DIGIT_BITS 11
 #define DIGITS (1 << DIGIT_BITS)
 #define MOST_TABLE_BYTES (1 << 20)
@@ -26,15 +27,15 @@ static const uint8_t level_bits[KVC_PLAN_LEVELS] = {2, 3, 4, 8, 16};
 
 /* One list. Level 0 is dropped, level l >= 1 the class (k[l], v[l]); both rise with the level. */
 typedef struct {
-    int32_t levels, least;  /* levels in use, 0 included; where tokens that must be kept begin */
-    int32_t runs, required; /* all, and those that must be kept: the first ones */
-    int32_t guarded;        /* runs, from the first, that may be at (16, 16) */
-    int32_t last_tokens;    /* of the last run */
-    int32_t sinks, window;  /* fixed tokens */
-    int32_t whole;          /* the level (16, 16), or 0 where it is not used */
+    int32_t levels, least;   /* levels in use, 0 included; where tokens that must be kept begin */
+    int32_t runs, required;  /* all, and those that must be kept: the first ones */
+    int32_t guarded;         /* runs, from the first, that may be at (16, 16) */
+    int32_t last_tokens;     /* of the last run */
+    int32_t sinks, window;   /* fixed tokens */
+    int32_t whole;           /* the level (16, 16), or 0 where it is not used */
     int32_t next[2][LEVELS]; /* [may be at (16, 16)]: the level after this one, or 0 */
     double distortion[LEVELS];
-    int64_t bytes[LEVELS];  /* of a full run */
+    int64_t bytes[LEVELS];   /* of a full run */
     int64_t last_tail_bytes; /* of the last run at (16, 16): what it adds to the list's pages of that class */
     double fixed_error;
     uint8_t k[LEVELS], v[LEVELS];
@@ -49,9 +50,9 @@ typedef struct {
     const kvc_plan_args *args;
     int64_t n, s, most_runs, tail_bytes; /* runs a list has at most; of a page of class (16, 16), its entry included */
     list *lists;
-    double *weight;  /* [n][most_runs]: sum of importance */
-    uint8_t *level;  /* [n][most_runs] */
-    int32_t *order;  /* [n][s]: candidates, the most important first */
+    double *weight; /* [n][most_runs]: sum of importance */
+    uint8_t *level; /* [n][most_runs] */
+    int32_t *order; /* [n][s]: candidates, the most important first */
     step *heap;
     int64_t heap_size;
     uint64_t *sorting; /* [SORTERS][2][s] */
@@ -152,7 +153,8 @@ static const option *steepest(const option *options, int count, const option *fr
     double best_slope = 0.0;
     for (int i = 0; i < count; i++) {
         const option *o = &options[i];
-        if (!within(o, top) || !within(from, o) || o->bytes <= from->bytes || o->distortion >= from->distortion) continue;
+        if (!within(o, top) || !within(from, o) || o->bytes <= from->bytes || o->distortion >= from->distortion)
+            continue;
         const double slope = (from->distortion - o->distortion) / (double)(o->bytes - from->bytes);
         if (best && (slope < best_slope || (slope == best_slope && o->bytes >= best->bytes))) continue;
         best = o;
@@ -168,66 +170,71 @@ static void add_level(list *l, const option *o) {
     l->distortion[l->levels++] = o->distortion;
 }
 
-/* The list's levels: from dropped along the lower convex hull of (bytes, distortion) to the best packed class, before
- * that, for tokens that must be kept, from the cheapest class to the first of these; (16, 16) last. */
-static void make_levels(const job *j, int64_t i, list *l) {
+static option option_of(const job *j, int64_t i, int k, int v) {
     const kvc_plan_args *args = j->args;
     const float *dk = (const float *)args->distortion_k.data + i * KVC_PLAN_LEVELS;
     const float *dv = (const float *)args->distortion_v.data + i * KVC_PLAN_LEVELS;
-    const uint8_t *allowed = args->allowed.data;
+    const int64_t bytes = kvc_page_bytes(&args->layout, level_bits[k], level_bits[v]) + args->entry_bytes;
+    return (option){k, v, bytes, (double)dk[k] + (double)dv[v]};
+}
+
+static bool is_allowed(const job *j, int k, int v) {
+    return ((const uint8_t *)j->args->allowed.data)[k * KVC_PLAN_LEVELS + v];
+}
+
+/* Levels 1 .. of packed classes, and the step from each, and from dropped, to the next. */
+static void packed_levels(const job *j, int64_t i, list *l, double dropped) {
     option options[KVC_PLAN_LEVELS * KVC_PLAN_LEVELS];
     int count = 0;
     for (int k = 0; k < KVC_PLAN_LEVELS; k++)
-        for (int v = 0; v < KVC_PLAN_LEVELS; v++) {
-            if (!allowed[k * KVC_PLAN_LEVELS + v] || (k == KVC_PLAN_LEVELS - 1 && v == k)) continue;
-            options[count++] = (option){k, v, kvc_page_bytes(&args->layout, level_bits[k], level_bits[v]) + args->entry_bytes,
-                                        (double)dk[k] + (double)dv[v]};
-        }
-    const option whole = {KVC_PLAN_LEVELS - 1, KVC_PLAN_LEVELS - 1,
-                          l->runs == 1 ? l->last_tail_bytes : RUN / KVC_TAIL_TOKENS * j->tail_bytes,
-                          (double)dk[KVC_PLAN_LEVELS - 1] + (double)dv[KVC_PLAN_LEVELS - 1]};
-    const option dropped = {0, 0, 0, args->fixed_class ? INFINITY : (double)((const float *)args->drop.data)[i]};
-    l->levels = 1;
-    l->distortion[0] = (double)((const float *)args->drop.data)[i];
-    l->bytes[0] = 0;
-
-    const option *best = NULL, *first = NULL;
+        for (int v = 0; v < KVC_PLAN_LEVELS; v++)
+            if (is_allowed(j, k, v) && !(k == TOP && v == TOP)) options[count++] = option_of(j, i, k, v);
+    const option nothing = {0, 0, 0, dropped}, *best = NULL;
     for (int o = 0; o < count; o++)
         if (!best || options[o].distortion < best->distortion ||
             (options[o].distortion == best->distortion && options[o].bytes < best->bytes))
             best = &options[o];
-    if (best) {
-        first = steepest(options, count, &dropped, best);
-        const option *bound = first ? first : best, *cheapest = bound;
-        for (int o = 0; o < count; o++)
-            if (within(&options[o], bound) && (options[o].bytes < cheapest->bytes ||
-                                               (options[o].bytes == cheapest->bytes && options[o].distortion < cheapest->distortion)))
-                cheapest = &options[o];
-        for (const option *o = cheapest; o && o != bound; o = steepest(options, count, o, bound)) add_level(l, o);
-        l->next[0][0] = first ? l->levels : 0;
-        for (const option *o = bound; o; o = steepest(options, count, o, best)) add_level(l, o);
-    } else {
-        l->next[0][0] = 0;
-    }
-    for (int level = 1; level < l->levels; level++) l->next[0][level] = level + 1 < l->levels ? level + 1 : 0;
-    l->least = l->levels > 1;
+    if (!best) return;
+    const option *first = steepest(options, count, &nothing, best), *bound = first ? first : best, *cheapest = bound;
+    for (int o = 0; o < count; o++)
+        if (within(&options[o], bound) &&
+            (options[o].bytes < cheapest->bytes ||
+             (options[o].bytes == cheapest->bytes && options[o].distortion < cheapest->distortion)))
+            cheapest = &options[o];
+    for (const option *o = cheapest; o && o != bound; o = steepest(options, count, o, bound)) add_level(l, o);
+    if (first) l->next[0][0] = l->levels;
+    for (const option *o = bound; o; o = steepest(options, count, o, best)) add_level(l, o);
+    for (int level = 1; level + 1 < l->levels; level++) l->next[0][level] = level + 1;
+    l->least = 1;
+}
 
-    /* (16, 16) follows a level from which it saves more per byte than the packed step does. */
+/* The level (16, 16), after all others. It follows a level from which it saves more per byte than the packed step. */
+static void whole_level(const job *j, int64_t i, list *l, double dropped) {
+    option whole = option_of(j, i, TOP, TOP);
+    whole.bytes = l->runs == 1 ? l->last_tail_bytes : RUN / KVC_TAIL_TOKENS * j->tail_bytes;
     const int packed = l->levels;
-    l->whole = 0;
-    if (allowed[KVC_PLAN_LEVELS * KVC_PLAN_LEVELS - 1] && l->guarded > 0 && (!best || whole.distortion < best->distortion)) {
+    if (is_allowed(j, TOP, TOP) && l->guarded > 0 && (packed == 1 || whole.distortion < l->distortion[packed - 1])) {
         l->whole = packed;
         add_level(l, &whole);
         if (l->least == 0 || (l->runs == 1 && whole.bytes <= l->bytes[l->least])) l->least = packed;
     }
-    for (int level = 0; level < l->levels; level++) {
-        const double now = level ? l->distortion[level] : dropped.distortion;
+    for (int level = 0; level < packed; level++) {
+        const double now = level ? l->distortion[level] : dropped;
         const int next = l->next[0][level];
         const int64_t jump = whole.bytes - l->bytes[level], stride = l->bytes[next] - l->bytes[level];
         const bool better = next == 0 || jump <= 0 ||
                             (now - whole.distortion) * (double)stride > (now - l->distortion[next]) * (double)jump;
-        l->next[1][level] = l->whole && level < packed && now > whole.distortion && better ? packed : next;
+        l->next[1][level] = l->whole && now > whole.distortion && better ? packed : next;
     }
+}
+
+static void make_levels(const job *j, int64_t i, list *l) {
+    l->levels = 1;
+    l->distortion[0] = (double)((const float *)j->args->drop.data)[i];
+    const double dropped =
+        j->args->fixed_class ? INFINITY : l->distortion[0]; /* the one class is a level at any rate */
+    packed_levels(j, i, l, dropped);
+    whole_level(j, i, l, dropped);
 }
 
 /* ---- accounts */
@@ -246,7 +253,8 @@ static int best_of(const list *l, int64_t run, int level) {
 static int least_of(const list *l, int64_t run) { return run < l->required ? l->least : 0; }
 
 static int64_t fixed_bytes(const job *j, const list *l) {
-    return (ceil_div(l->sinks, KVC_TAIL_TOKENS) + ceil_div(l->window, KVC_TAIL_TOKENS)) * j->tail_bytes + j->args->list_bytes;
+    return (ceil_div(l->sinks, KVC_TAIL_TOKENS) + ceil_div(l->window, KVC_TAIL_TOKENS)) * j->tail_bytes +
+           j->args->list_bytes;
 }
 
 static void account(const job *j, kvc_plan_summary *summary) {
@@ -293,7 +301,9 @@ static offer offer_of(const job *j, int64_t run) {
     return (offer){next, run_bytes(l, r, next) - run_bytes(l, r, now), j->weight[run] * (saved > 0.0 ? saved : 0.0)};
 }
 
-static bool before(const step *a, const step *b) { return a->gain > b->gain || (a->gain == b->gain && a->run < b->run); }
+static bool before(const step *a, const step *b) {
+    return a->gain > b->gain || (a->gain == b->gain && a->run < b->run);
+}
 
 static void push(job *j, int64_t run, const offer *o) {
     const step added = {o->bytes > 0 ? o->saved / (double)o->bytes : INFINITY, run};
@@ -365,8 +375,9 @@ static kvc_status check_table(const char *name, const kvc_tensor *tensor) {
     const float *values = tensor->data;
     const int64_t columns = tensor->ndim == 2 ? tensor->shape[1] : 1;
     for (int64_t i = 0; i < kvc_elements(tensor); i++)
-        KVC_CHECK(values[i] >= 0.0f && isfinite(values[i]), KVC_EINVAL, "plan: %s: expected finite values >= 0, got %g for list %lld",
-                  name, (double)values[i], (long long)(i / columns));
+        KVC_CHECK(values[i] >= 0.0f && isfinite(values[i]), KVC_EINVAL,
+                  "plan: %s: expected finite values >= 0, got %g for list %lld", name, (double)values[i],
+                  (long long)(i / columns));
     return KVC_OK;
 }
 
@@ -375,7 +386,8 @@ static kvc_status check_counts(const char *name, const kvc_tensor *tensor, int64
     KVC_TRY(kvc_expect_array("plan", name, tensor, KVC_INT32, 1, &n));
     for (int64_t i = 0; i < n; i++) {
         const int32_t count = ((const int32_t *)tensor->data)[i];
-        KVC_CHECK(count >= 0, KVC_EINVAL, "plan: %s: expected counts >= 0, got %d for list %lld", name, count, (long long)i);
+        KVC_CHECK(count >= 0, KVC_EINVAL, "plan: %s: expected counts >= 0, got %d for list %lld", name, count,
+                  (long long)i);
     }
     return KVC_OK;
 }
@@ -391,7 +403,8 @@ static kvc_status check(const kvc_plan_args *args) {
     KVC_TRY(kvc_expect_array("plan", "distortion_k", &args->distortion_k, KVC_FLOAT32, 2, table));
     KVC_TRY(kvc_expect_array("plan", "distortion_v", &args->distortion_v, KVC_FLOAT32, 2, table));
     KVC_TRY(kvc_expect_array("plan", "drop", &args->drop, KVC_FLOAT32, 1, &n));
-    KVC_TRY(kvc_expect_array("plan", "allowed", &args->allowed, KVC_UINT8, 2, (int64_t[]){KVC_PLAN_LEVELS, KVC_PLAN_LEVELS}));
+    KVC_TRY(kvc_expect_array("plan", "allowed", &args->allowed, KVC_UINT8, 2,
+                             (int64_t[]){KVC_PLAN_LEVELS, KVC_PLAN_LEVELS}));
     KVC_TRY(kvc_expect_layout("plan", &args->layout));
     KVC_TRY(check_table("distortion_k", &args->distortion_k));
     KVC_TRY(check_table("distortion_v", &args->distortion_v));
@@ -402,8 +415,8 @@ static kvc_status check(const kvc_plan_args *args) {
               "plan: entry_bytes: expected 0..%d, got %lld", MOST_TABLE_BYTES, (long long)args->entry_bytes);
     KVC_CHECK(args->list_bytes >= 0 && args->list_bytes <= MOST_TABLE_BYTES, KVC_EINVAL,
               "plan: list_bytes: expected 0..%d, got %lld", MOST_TABLE_BYTES, (long long)args->list_bytes);
-    KVC_CHECK(args->fixed_class == 0 || args->fixed_class == 1, KVC_EINVAL, "plan: fixed_class: expected 0 or 1, got %d",
-              args->fixed_class);
+    KVC_CHECK(args->fixed_class == 0 || args->fixed_class == 1, KVC_EINVAL,
+              "plan: fixed_class: expected 0 or 1, got %d", args->fixed_class);
     int classes = 0;
     for (int i = 0; i < KVC_PLAN_LEVELS * KVC_PLAN_LEVELS; i++) {
         const int value = ((const uint8_t *)args->allowed.data)[i];
@@ -411,32 +424,33 @@ static kvc_status check(const kvc_plan_args *args) {
         classes += value;
     }
     KVC_CHECK(classes >= 1, KVC_EINVAL, "plan: allowed: expected at least one class, got none");
-    KVC_CHECK(!args->fixed_class || classes == 1, KVC_EINVAL, "plan: allowed: expected one class with fixed_class, got %d", classes);
+    KVC_CHECK(!args->fixed_class || classes == 1, KVC_EINVAL,
+              "plan: allowed: expected one class with fixed_class, got %d", classes);
     return kvc_expect_workspace("plan", &args->workspace, kvc_plan_workspace(n, s));
 }
 
 /* Checks the tokens of list i and counts them. */
 static kvc_status read_list(const job *j, int64_t i) {
     const kvc_plan_args *args = j->args;
-    const uint8_t *kept = (const uint8_t *)args->kept.data + i * j->s, *fixed = (const uint8_t *)args->fixed.data + i * j->s;
+    const uint8_t *kept = (const uint8_t *)args->kept.data + i * j->s,
+                  *fixed = (const uint8_t *)args->fixed.data + i * j->s;
     const float *importance = (const float *)args->importance.data + i * j->s;
-    const int top = KVC_PLAN_LEVELS - 1;
-    const double whole = (double)((const float *)args->distortion_k.data)[i * KVC_PLAN_LEVELS + top] +
-                         (double)((const float *)args->distortion_v.data)[i * KVC_PLAN_LEVELS + top];
+    const double whole = option_of(j, i, TOP, TOP).distortion;
     list *l = &j->lists[i];
     memset(l, 0, sizeof *l);
     int64_t candidates = 0;
     for (int64_t t = 0; t < j->s; t++) {
         KVC_CHECK(importance[t] >= 0.0f && isfinite(importance[t]), KVC_EINVAL,
-                  "plan: importance: expected finite values >= 0, got %g at list %lld, token %lld", (double)importance[t],
+                  "plan: importance: expected finite values >= 0, got %g at list %lld, token %lld",
+                  (double)importance[t], (long long)i, (long long)t);
+        KVC_CHECK(kept[t] <= 1, KVC_EINVAL, "plan: kept: expected 0 or 1, got %d at list %lld, token %lld", kept[t],
                   (long long)i, (long long)t);
-        KVC_CHECK(kept[t] <= 1, KVC_EINVAL, "plan: kept: expected 0 or 1, got %d at list %lld, token %lld", kept[t], (long long)i,
-                  (long long)t);
         KVC_CHECK(fixed[t] <= (kept[t] ? 2 : 0), KVC_EINVAL,
-                  "plan: fixed: expected 0, 1 or 2, and 0 where kept is 0, got %d at list %lld, token %lld", fixed[t], (long long)i,
-                  (long long)t);
+                  "plan: fixed: expected 0, 1 or 2, and 0 where kept is 0, got %d at list %lld, token %lld", fixed[t],
+                  (long long)i, (long long)t);
         KVC_CHECK(!kept[t] || fixed[t] == 2 || l->window == 0, KVC_EINVAL,
-                  "plan: fixed: expected window tokens (2) after all others that are kept, got token %lld of list %lld after one",
+                  "plan: fixed: expected window tokens (2) after all others that are kept, got token %lld of list %lld "
+                  "after one",
                   (long long)t, (long long)i);
         if (!kept[t]) continue;
         candidates += !fixed[t];
@@ -450,13 +464,15 @@ static kvc_status read_list(const job *j, int64_t i) {
     l->last_tokens = (int32_t)(candidates - (int64_t)(l->runs - 1) * RUN);
     l->required = (int32_t)ceil_div(least < candidates ? least : candidates, RUN);
     l->guarded = guard >= candidates ? l->runs : (int32_t)(guard / RUN);
-    l->last_tail_bytes = l->runs == 0 ? 0
-                                      : (ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
-                                            j->tail_bytes;
+    l->last_tail_bytes =
+        l->runs == 0 ? 0
+                     : (ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
+                           j->tail_bytes;
     make_levels(j, i, l);
-    KVC_CHECK(l->required <= l->guarded || (l->least && l->least != l->whole), KVC_EINVAL,
-              "plan: guard: expected room for the least_tokens of list %lld, for which only (16, 16) is allowed, got %lld",
-              (long long)i, (long long)guard);
+    KVC_CHECK(
+        l->required <= l->guarded || (l->least && l->least != l->whole), KVC_EINVAL,
+        "plan: guard: expected room for the least_tokens of list %lld, for which only (16, 16) is allowed, got %lld",
+        (long long)i, (long long)guard);
     return KVC_OK;
 }
 
@@ -483,8 +499,8 @@ kvc_status kvc_plan_cpu(const kvc_plan_args *args, kvc_stream stream) {
     kvc_plan_summary summary = {.least_bytes = least < most ? least : most, .most_bytes = most};
     if (args->budget >= 0 && args->budget < summary.least_bytes) {
         args->summary->least_bytes = summary.least_bytes;
-        return kvc_fail(KVC_EBUDGET, "plan: budget: expected at least %lld bytes, got %lld", (long long)summary.least_bytes,
-                        (long long)args->budget);
+        return kvc_fail(KVC_EBUDGET, "plan: budget: expected at least %lld bytes, got %lld",
+                        (long long)summary.least_bytes, (long long)args->budget);
     }
     kvc_parallel(sorters(j.n), 0, rank_lists, &j);
     if (args->budget < 0 || args->budget >= most) {

@@ -40,7 +40,8 @@ static void dots_base(float *out, const float *rows, const float *keys, int64_t 
 __attribute__((target("avx2,fma"))) static void dots_avx2(float *out, const float *rows, const float *keys, int64_t d) {
     dots(out, rows, keys, d);
 }
-__attribute__((target("avx512f"))) static void dots_avx512(float *out, const float *rows, const float *keys, int64_t d) {
+__attribute__((target("avx512f"))) static void dots_avx512(float *out, const float *rows, const float *keys,
+                                                           int64_t d) {
     dots(out, rows, keys, d);
 }
 #endif
@@ -83,7 +84,8 @@ static int64_t head_floats(int64_t padded, int64_t s, int64_t d) {
 }
 
 int64_t kvc_score_workspace(int64_t b, int64_t hq, int64_t w, int64_t s, int64_t d) {
-    const double rough = (double)b * (double)hq * 4.0 * (((double)w + ROWS) * ((double)d + (double)s / 128) + (double)s + LANES);
+    const double rough =
+        (double)b * (double)hq * 4.0 * (((double)w + ROWS) * ((double)d + (double)s / 128) + (double)s + LANES);
     if (rough > 0x1p61) return INT64_MAX;
     /* A group of g heads needs no more than g heads alone do. */
     return b * hq * head_floats(ceil_div(w, ROWS) * ROWS, s, d) * (int64_t)sizeof(float);
@@ -115,7 +117,8 @@ static void arrange_queries(void *context, int64_t i) {
     memset(view.queries, 0, (size_t)(j->padded * j->d) * sizeof(float));
     for (int64_t r = 0; r < view.rows; r++) {
         const int64_t query = j->w - view.used + r / j->group;
-        kvc_load_row(row, kvc_at(&j->args->queries, view.b, view.h * j->group + r % j->group, query), j->args->queries.dtype, j->d);
+        kvc_load_row(row, kvc_at(&j->args->queries, view.b, view.h * j->group + r % j->group, query),
+                     j->args->queries.dtype, j->d);
         float *out = view.queries + r / ROWS * ROWS * j->d + r % ROWS;
         for (int64_t c = 0; c < j->d; c++) out[c * ROWS] = row[c];
     }
@@ -125,8 +128,10 @@ static void arrange_queries(void *context, int64_t i) {
 static void load_keys(const job *j, const head *view, int64_t begin, int count, float *keys) {
     float row[KVC_MAX_HEAD_DIM];
     for (int t = 0; t < TILE; t++) {
-        if (t < count) kvc_load_row(row, kvc_at(&j->args->keys, view->b, view->h, begin + t), j->args->keys.dtype, j->d);
-        else if (t == count) memset(row, 0, sizeof row);
+        if (t < count)
+            kvc_load_row(row, kvc_at(&j->args->keys, view->b, view->h, begin + t), j->args->keys.dtype, j->d);
+        else if (t == count)
+            memset(row, 0, sizeof row);
         for (int64_t c = 0; c < j->d; c++) keys[c * TILE + t] = row[c];
     }
 }
@@ -138,21 +143,22 @@ static int seen_by(const job *j, const head *view, int64_t r, int64_t begin, int
 }
 
 /* Logits of rows r .. r+ROWS-1, -INFINITY where not seen. False: one was not finite. */
-static bool logits(const job *j, const head *view, int64_t r, int64_t begin, int count, const float *keys, float out[ROWS][TILE]) {
-    j->dots(out[0], view->queries + r * j->d, keys, j->d);
+static bool logits(const job *j, const head *view, int64_t r, int64_t begin, int count, const float *keys,
+                   float out[ROWS * TILE]) {
+    j->dots(out, view->queries + r * j->d, keys, j->d);
     const float scale = j->args->scale, softcap = j->args->softcap;
     float check[LANES] = {0};
     for (int i = 0; i < ROWS * TILE; i += LANES)
         for (int k = 0; k < LANES; k++) {
-            out[0][i + k] *= scale;
-            check[k] += out[0][i + k] * 0.0f; /* NaN from the first infinity or NaN on */
+            out[i + k] *= scale;
+            check[k] += out[i + k] * 0.0f; /* NaN from the first infinity or NaN on */
         }
     bool finite = true;
     for (int k = 0; k < LANES; k++) finite = finite && check[k] == 0.0f;
     if (softcap > 0.0f)
-        for (int i = 0; i < ROWS * TILE; i++) out[0][i] = softcap * tanhf(out[0][i] / softcap);
+        for (int i = 0; i < ROWS * TILE; i++) out[i] = softcap * tanhf(out[i] / softcap);
     for (int k = 0; k < ROWS; k++)
-        for (int t = seen_by(j, view, r + k, begin, count); t < TILE; t++) out[k][t] = -INFINITY;
+        for (int t = seen_by(j, view, r + k, begin, count); t < TILE; t++) out[k * TILE + t] = -INFINITY;
     return finite;
 }
 
@@ -189,7 +195,7 @@ static void first_pass(void *context, int64_t item) {
         most[r] = -INFINITY;
         total[r] = 0.0f;
     }
-    _Alignas(64) float keys[KVC_MAX_HEAD_DIM * TILE], out[ROWS][TILE];
+    _Alignas(64) float keys[KVC_MAX_HEAD_DIM * TILE], out[ROWS * TILE];
     bool finite = true;
     for (int64_t begin = chunk * CHUNK > view.first ? chunk * CHUNK : view.first; begin < end; begin += TILE) {
         const int count = end - begin < TILE ? (int)(end - begin) : TILE;
@@ -197,10 +203,10 @@ static void first_pass(void *context, int64_t item) {
         for (int64_t r = first_block(j, &view, begin); r < view.rows; r += ROWS) {
             finite = logits(j, &view, r, begin, count, keys, out) && finite;
             for (int k = 0; k < ROWS; k++) {
-                const float here = largest(out[k]), now = here > most[r + k] ? here : most[r + k];
+                const float here = largest(out + k * TILE), now = here > most[r + k] ? here : most[r + k];
                 if (now == -INFINITY) continue; /* nothing seen so far */
-                j->tile->probabilities(now, out[k]);
-                total[r + k] = total[r + k] * expf(most[r + k] - now) + sum_of(out[k]);
+                j->tile->probabilities(now, out + k * TILE);
+                total[r + k] = total[r + k] * expf(most[r + k] - now) + sum_of(out + k * TILE);
                 most[r + k] = now;
             }
         }
@@ -229,7 +235,7 @@ static void second_pass(void *context, int64_t item) {
     const job *j = context;
     const head view = head_at(j, item / j->chunks);
     const int64_t chunk = item % j->chunks, end = (chunk + 1) * CHUNK < j->s ? (chunk + 1) * CHUNK : j->s;
-    _Alignas(64) float keys[KVC_MAX_HEAD_DIM * TILE], out[ROWS][TILE];
+    _Alignas(64) float keys[KVC_MAX_HEAD_DIM * TILE], out[ROWS * TILE];
     for (int64_t begin = chunk * CHUNK > view.first ? chunk * CHUNK : view.first; begin < end; begin += TILE) {
         const int count = end - begin < TILE ? (int)(end - begin) : TILE;
         float sums[TILE] = {0};
@@ -237,8 +243,8 @@ static void second_pass(void *context, int64_t item) {
         for (int64_t r = first_block(j, &view, begin); r < view.rows; r += ROWS) {
             logits(j, &view, r, begin, count, keys, out);
             for (int k = 0; k < ROWS && r + k < view.rows; k++) {
-                j->tile->probabilities(view.most[r + k], out[k]);
-                for (int t = 0; t < TILE; t++) sums[t] += out[k][t] * view.share[r + k];
+                j->tile->probabilities(view.most[r + k], out + k * TILE);
+                for (int t = 0; t < TILE; t++) sums[t] += out[k * TILE + t] * view.share[r + k];
             }
         }
         memcpy(view.sums + begin, sums, (size_t)count * sizeof(float));
@@ -273,25 +279,29 @@ static void finish(void *context, int64_t i) {
 
 static kvc_status check(const kvc_score_args *args) {
     KVC_TRY(kvc_expect_shape("score", "queries", &args->queries, 4, (int64_t[]){-1, -1, -1, -1}));
-    const int64_t b = args->queries.shape[0], hq = args->queries.shape[1], w = args->queries.shape[2], d = args->queries.shape[3];
+    const int64_t b = args->queries.shape[0], hq = args->queries.shape[1], w = args->queries.shape[2],
+                  d = args->queries.shape[3];
     KVC_TRY(kvc_expect_shape("score", "keys", &args->keys, 4, (int64_t[]){b, -1, -1, d}));
     const int64_t h = args->keys.shape[1], s = args->keys.shape[2];
     KVC_TRY(kvc_expect_float("score", "queries", &args->queries));
     KVC_TRY(kvc_expect_float("score", "keys", &args->keys));
+    KVC_CHECK(d >= 1 && d <= KVC_MAX_HEAD_DIM, KVC_ESHAPE, "score: keys: expected 1..%d channels, got %lld",
+              KVC_MAX_HEAD_DIM, (long long)d);
+    KVC_CHECK(h >= 1 && hq >= 1 && hq % h == 0, KVC_ESHAPE,
+              "score: queries: expected a multiple of the %lld KV heads of keys, got %lld heads", (long long)h,
+              (long long)hq);
+    KVC_CHECK(w >= 1 && w <= s, KVC_ESHAPE,
+              "score: queries: expected a window of 1..%lld tokens (those of keys), got %lld", (long long)s,
+              (long long)w);
+    KVC_CHECK(s <= INT32_MAX, KVC_ESHAPE, "score: keys: expected at most 2^31 - 1 tokens, got %lld", (long long)s);
     KVC_TRY(kvc_expect_rows("score", "queries", &args->queries));
     KVC_TRY(kvc_expect_rows("score", "keys", &args->keys));
-    KVC_CHECK(d >= 1 && d <= KVC_MAX_HEAD_DIM, KVC_ESHAPE, "score: keys: expected 1..%d channels, got %lld", KVC_MAX_HEAD_DIM,
-              (long long)d);
-    KVC_CHECK(h >= 1 && hq >= 1 && hq % h == 0, KVC_ESHAPE,
-              "score: queries: expected a multiple of the %lld KV heads of keys, got %lld heads", (long long)h, (long long)hq);
-    KVC_CHECK(w >= 1 && w <= s, KVC_ESHAPE, "score: queries: expected a window of 1..%lld tokens (those of keys), got %lld",
-              (long long)s, (long long)w);
-    KVC_CHECK(s <= INT32_MAX, KVC_ESHAPE, "score: keys: expected at most 2^31 - 1 tokens, got %lld", (long long)s);
     KVC_TRY(kvc_expect_array("score", "importance", &args->importance, KVC_FLOAT32, 3, (int64_t[]){b, h, s}));
-    if (kvc_given(&args->first)) KVC_TRY(kvc_expect_array("score", "first", &args->first, KVC_INT32, 1, (int64_t[]){b}));
+    if (kvc_given(&args->first))
+        KVC_TRY(kvc_expect_array("score", "first", &args->first, KVC_INT32, 1, (int64_t[]){b}));
     for (int64_t i = 0; i < b; i++)
-        KVC_CHECK(first_of(args, i) >= 0 && first_of(args, i) <= s, KVC_EINVAL, "score: first: expected 0..%lld, got %lld",
-                  (long long)s, (long long)first_of(args, i));
+        KVC_CHECK(first_of(args, i) >= 0 && first_of(args, i) <= s, KVC_EINVAL,
+                  "score: first: expected 0..%lld, got %lld", (long long)s, (long long)first_of(args, i));
     KVC_CHECK(isfinite(args->scale), KVC_EINVAL, "score: scale: expected a finite number, got %g", (double)args->scale);
     KVC_CHECK(isfinite(args->softcap) && args->softcap >= 0.0f, KVC_EINVAL,
               "score: softcap: expected a finite number >= 0, got %g", (double)args->softcap);
@@ -299,7 +309,8 @@ static kvc_status check(const kvc_score_args *args) {
               "score: reduce: expected 0 (sum) or 1 (mean), got %d", args->reduce);
     KVC_CHECK(args->pool_kind == KVC_POOL_AVG || args->pool_kind == KVC_POOL_MAX, KVC_EINVAL,
               "score: pool_kind: expected 0 (average) or 1 (maximum), got %d", args->pool_kind);
-    KVC_CHECK(args->pool >= 1 && args->pool % 2 == 1, KVC_EINVAL, "score: pool: expected an odd width >= 1, got %d", args->pool);
+    KVC_CHECK(args->pool >= 1 && args->pool % 2 == 1, KVC_EINVAL, "score: pool: expected an odd width >= 1, got %d",
+              args->pool);
     return kvc_expect_workspace("score", &args->workspace, kvc_score_workspace(b, hq, w, s, d));
 }
 
@@ -326,8 +337,14 @@ kvc_status kvc_score_cpu(const kvc_score_args *args, kvc_stream stream) {
     (void)stream;
     KVC_TRY(check(args));
     const int64_t b = args->keys.shape[0], h = args->keys.shape[1], s = args->keys.shape[2];
-    job j = {.args = args, .tile = kvc_attend_tiles(), .h = h, .group = args->queries.shape[1] / h, .w = args->queries.shape[2],
-             .s = s, .d = args->keys.shape[3], .chunks = ceil_div(s, CHUNK)};
+    job j = {.args = args,
+             .tile = kvc_attend_tiles(),
+             .h = h,
+             .group = args->queries.shape[1] / h,
+             .w = args->queries.shape[2],
+             .s = s,
+             .d = args->keys.shape[3],
+             .chunks = ceil_div(s, CHUNK)};
     j.dots = dots_for(j.tile);
     j.padded = ceil_div(j.group * j.w, ROWS) * ROWS;
     kvc_parallel(b * h, 0, arrange_queries, &j);

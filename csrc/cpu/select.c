@@ -28,8 +28,8 @@ static uint32_t bits_of(float value) {
     return bits;
 }
 
-/* Marks the `count` most important of tokens begin .. end-1 (count <= end - begin), ties to the older: finds the bits of
- * the least important one marked, digit by digit from the top. */
+/* Marks the `count` most important of tokens begin .. end-1 (count <= end - begin), ties to the older: finds the bits
+ * of the least important one marked, digit by digit from the top. */
 static void mark_top(uint8_t *kept, const float *importance, int64_t begin, int64_t end, int64_t count) {
     if (count <= 0) return;
     uint32_t threshold = 0, known = 0; /* the digits found so far, and the mask over them */
@@ -81,15 +81,16 @@ static kvc_status check(const kvc_select_args *args) {
     for (int64_t i = 0; i < n; i++) {
         const int32_t keep = ((const int32_t *)args->keep.data)[i];
         const int64_t first = first_of(args, i);
-        KVC_CHECK(keep >= 0, KVC_EINVAL, "select: keep: expected counts >= 0, got %d for list %lld", keep, (long long)i);
-        KVC_CHECK(first >= 0 && first <= s, KVC_EINVAL, "select: first: expected 0..%lld, got %lld for list %lld", (long long)s,
-                  (long long)first, (long long)i);
+        KVC_CHECK(keep >= 0, KVC_EINVAL, "select: keep: expected counts >= 0, got %d for list %lld", keep,
+                  (long long)i);
+        KVC_CHECK(first >= 0 && first <= s, KVC_EINVAL, "select: first: expected 0..%lld, got %lld for list %lld",
+                  (long long)s, (long long)first, (long long)i);
         if (!kvc_given(&args->importance)) continue;
         const float *importance = (const float *)args->importance.data + i * s;
         for (int64_t t = first; t < s; t++)
             KVC_CHECK(importance[t] >= 0.0f && isfinite(importance[t]), KVC_EINVAL,
-                      "select: importance: expected finite values >= 0, got %g at list %lld, token %lld", (double)importance[t],
-                      (long long)i, (long long)t);
+                      "select: importance: expected finite values >= 0, got %g at list %lld, token %lld",
+                      (double)importance[t], (long long)i, (long long)t);
     }
     return kvc_expect_workspace("select", &args->workspace, kvc_select_workspace(n, s));
 }
@@ -134,25 +135,20 @@ static double parts(const division *d, double level) {
     return sum;
 }
 
-/* The least level whose parts reach the total: bisection down to neighbouring doubles, then the exact quotient over the
- * layers that no bound holds. */
+/* The least double at which the parts reach the total. Bits of non-negative doubles order as they do. */
 static double find_level(const division *d) {
-    uint64_t low = 0, high = 0x7fefffffffffffff; /* bits of 0 and of the largest double, which order as they do */
+    uint64_t low = 0, high = 0x7fefffffffffffff; /* of the largest double */
     double level = 0.0;
     while (low < high) {
         const uint64_t middle = low + (high - low) / 2;
         memcpy(&level, &middle, sizeof level);
-        if (parts(d, level) >= (double)d->total) high = middle;
-        else low = middle + 1;
+        if (parts(d, level) >= (double)d->total)
+            high = middle;
+        else
+            low = middle + 1;
     }
     memcpy(&level, &high, sizeof level);
-    double held = 0.0, loose = 0.0;
-    for (int64_t l = 0; l < d->layers; l++) {
-        const double x = part(d, l, level);
-        if (x == (double)d->floor[l] || x == (double)d->ceiling[l]) held += x;
-        else loose += d->zero_weight ? 1.0 : d->weight[l] / d->unit;
-    }
-    return loose > 0.0 ? ((double)d->total - held) / loose : level;
+    return level;
 }
 
 /* Whole tokens: rounded down, then one more to the largest remainders. */
@@ -162,7 +158,7 @@ static void round_parts(const division *d, double level, int64_t *shares) {
         shares[l] = (int64_t)part(d, l, level);
         left -= shares[l];
     }
-    for (; left != 0; left += left > 0 ? -1 : 1) { /* less than 0 only where a sum of doubles was rounded up */
+    for (; left != 0; left += left > 0 ? -1 : 1) { /* < 0: a part was rounded up to a whole token */
         int64_t chosen = -1;
         double best = 0.0;
         for (int64_t l = 0; l < d->layers; l++) {
@@ -185,7 +181,10 @@ kvc_status kvc_select_share(const kvc_share_args *args) {
     KVC_CHECK(layers >= 1, KVC_ESHAPE, "share: weight: expected at least one layer, got none");
     KVC_CHECK(args->total >= 0 && args->total <= MOST_TOTAL, KVC_EINVAL, "share: total: expected 0..2^53, got %lld",
               (long long)args->total);
-    division d = {.weight = args->weight.data, .floor = args->floor.data, .ceiling = args->ceiling.data, .layers = layers,
+    division d = {.weight = args->weight.data,
+                  .floor = args->floor.data,
+                  .ceiling = args->ceiling.data,
+                  .layers = layers,
                   .total = args->total};
     int64_t least = 0, most = 0, heavy = 0; /* heavy: the most that layers of weight > 0 leave room for */
     for (int64_t l = 0; l < layers; l++) {
@@ -193,8 +192,9 @@ kvc_status kvc_select_share(const kvc_share_args *args) {
                   "share: weight: expected finite values >= 0, got %g for layer %lld", d.weight[l], (long long)l);
         KVC_CHECK(d.floor[l] >= 0 && d.floor[l] <= MOST_TOTAL, KVC_EINVAL,
                   "share: floor: expected 0..2^53, got %lld for layer %lld", (long long)d.floor[l], (long long)l);
-        KVC_CHECK(d.ceiling[l] >= d.floor[l], KVC_EINVAL, "share: ceiling: expected at least the floor %lld, got %lld for layer %lld",
-                  (long long)d.floor[l], (long long)d.ceiling[l], (long long)l);
+        KVC_CHECK(d.ceiling[l] >= d.floor[l], KVC_EINVAL,
+                  "share: ceiling: expected at least the floor %lld, got %lld for layer %lld", (long long)d.floor[l],
+                  (long long)d.ceiling[l], (long long)l);
         const int64_t ceiling = d.ceiling[l] < MOST_TOTAL ? d.ceiling[l] : MOST_TOTAL;
         least = least + d.floor[l] < MOST_TOTAL ? least + d.floor[l] : MOST_TOTAL + 1;
         most = most + ceiling < MOST_TOTAL ? most + ceiling : MOST_TOTAL;
@@ -205,11 +205,11 @@ kvc_status kvc_select_share(const kvc_share_args *args) {
     KVC_CHECK(d.unit > 0.0, KVC_EINVAL, "share: weight: expected at least one value > 0, got only zeros");
     for (int64_t l = 0; l < layers; l++) /* else no level of a double brings the lightest layer to its ceiling */
         KVC_CHECK(d.weight[l] == 0.0 || d.weight[l] / d.unit > 1e-200, KVC_EINVAL,
-                  "share: weight: expected 0 or more than 1e-200 of the largest, %g, got %g for layer %lld", d.unit, d.weight[l],
-                  (long long)l);
+                  "share: weight: expected 0 or more than 1e-200 of the largest, %g, got %g for layer %lld", d.unit,
+                  d.weight[l], (long long)l);
     KVC_CHECK(args->total >= least && args->total <= most, KVC_EINVAL,
-              "share: total: expected %lld..%lld (sums of floor and ceiling), got %lld", (long long)least, (long long)most,
-              (long long)args->total);
+              "share: total: expected %lld..%lld (sums of floor and ceiling), got %lld", (long long)least,
+              (long long)most, (long long)args->total);
     d.zero_weight = args->total > heavy;
     round_parts(&d, find_level(&d), args->shares.data);
     return KVC_OK;

@@ -10,8 +10,8 @@
  * The pool is two stacks of free pages (units): counts[0] of them for class (16, 16) in pool_tail, counts[1] for class
  * (k_bits, v_bits) in pool_packed. kvc_append_need states how many pages one list takes at most; lists run one after the
  * other, so what one gives back serves the next. pool_tail has room for its own pages and all that the lists' tails hold.
- * Errors: ESHAPE, EDTYPE; EINVAL for a pool with too few pages, a full row of the page table, NaN or Inf among the new
- * rows. All are found before anything is written. */
+ * Errors: ESHAPE, EDTYPE; EINVAL for a pool with too few pages, a full row of the page table, NaN or Inf in a real
+ * row. All are found before anything is written. */
 #pragma once
 #include "pack.h"
 

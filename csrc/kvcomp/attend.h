@@ -11,8 +11,8 @@
  * mass (optional): attention probability of every token, in page order, summed over all queries and the heads of the
  * group; what lies behind a list's last token is set to zero.
  *
- * Bound against fp64 on the unpacked values: |error| <= 2e-6 * max|v| * (1 + ln tokens) for fp32 queries and output;
- * half a unit of the output's type on top otherwise.
+ * Bound against fp64 on the unpacked values: |error| <= max|v| * (2e-6 * (1 + ln tokens) + 2e-8 * scale * |q| |k|) for
+ * fp32 queries and output; half a unit of the output's type on top otherwise.
  * Errors: ESHAPE, EDTYPE, EINVAL; ENOTSUP for groups not dividing. Workspace: kvc_attend_workspace bytes, 64-aligned. */
 #pragma once
 #include "format.h"
@@ -40,7 +40,8 @@ typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream)
 extern "C" {
 #endif
 kvc_attend_fn kvc_attend_cpu;
-/* Workspace bytes for n lists of at most `pages` pages each, q queries of `group` heads, with or without mass. */
+/* Workspace bytes for n lists of at most `pages` pages each, q queries of `group` heads, with or without mass;
+ * INT64_MAX where that overflows. */
 int64_t kvc_attend_workspace(int64_t n, int64_t pages, int64_t group, int64_t q, int32_t head_dim);
 #ifdef __cplusplus
 }

@@ -12,6 +12,7 @@
  *      sigma = sqrt(sum((x - mean)^2) / n). The list that search tries, in this order, the first least error winning:
  *      sigma's scale and zero times 1, 0.8, 0.9, 1.12, 1.25, 1.4, then min-max's times 1, 0.9, 0.8, 0.7 (at 8 bits only
  *      min-max's); a candidate's error is the sum over channels of (z + s * (code - mid) - x)^2, rounding to nearest.
+ *      Where all of them overflow float32 (values above about 1e18), s = z = 0.
  *   3. v = (x - z) * (1 / s) + mid, clamped to 0 .. 2^bits - 1; code = v rounded to the nearest even integer, or, with
  *      stochastic rounding, floor(min(v + u, 2^bits - 1)), u uniform in [0, 1) from philox.h, row 2*token + is_value,
  *      the clamp coming after the sum. 1 / s is 0 for a zero scale, which so gives round(mid).
@@ -24,8 +25,8 @@
  * rotation.
  *
  * Reached on N(0, 1) rows of 128: mean squared error <= 0.12, 0.038, 0.012 at 2, 3, 4 bits.
- * Errors: ESHAPE, EDTYPE, EDEVICE; EINVAL for classes, indices or pages out of range and for NaN or Inf in K or V (CPU;
- * checked before anything is written. CUDA leaves the check to its caller: it would have to synchronize).
+ * Errors: ESHAPE, EDTYPE, EDEVICE; EINVAL for classes, indices or pages out of range and for NaN or Inf in a row that a
+ * page takes (CPU; checked before anything is written. CUDA leaves the check to its caller: it would have to synchronize).
  * Sources: Hadamard rotation before quantization: QuaRot (arXiv 2404.00456); Gaussian step sizes: Max 1960. */
 #pragma once
 #include "format.h"

@@ -3,15 +3,17 @@
  * A list's candidate tokens (kept[i,t] = 1 and not fixed) are ranked by importance (ties: the older token) and cut, in
  * that order, into runs of 64, the last one perhaps shorter. A run has one class:
  *     error(run, class) = sum over its tokens of importance * (distortion_k[list, k_bits] + distortion_v[list, v_bits])
- * with `drop[list]` in the place of the two when it is dropped; it takes one packed page, paid in full, or, at (16, 16),
- * ceil(tokens / 16) pages, which it shares with the list's sinks (below).
+ * with `drop[list]` in the place of the two when it is dropped. It takes one packed page, paid in full, or, at
+ * (16, 16), ceil(tokens / 16) pages, which it shares with the list's sinks (below).
  *
  * Levels. Every list has one sequence of classes, rising in both halves:
- *   - from dropped along the lower convex hull of (bytes, distortion) over the allowed packed classes, up to the one of
- *     least distortion (ties: fewer bytes); classes above that in either half take no part;
- *   - before them, for runs that `least_tokens` wants kept (rounded up to whole runs), the hull from the cheapest class;
- *   - last (16, 16), where it is allowed and distorts less, for the first `guard` candidates, rounded down to whole runs;
- *     it follows directly on a level from which it saves more per byte.
+ *   - from dropped up to the allowed packed class of least distortion (ties: fewer bytes), every time the class within
+ *     that one, and above the last in both halves, that saves the most per byte (ties: fewer bytes): where `allowed` is
+ *     a rectangle, the lower convex hull of (bytes, distortion);
+ *   - before them, for runs that `least_tokens` wants kept (rounded up to whole runs), the same from the cheapest one
+ *     (ties: less distortion);
+ *   - last (16, 16), where it is allowed and distorts less, for the first `guard` candidates, rounded down to whole
+ *     runs; it follows directly on a level from which it saves more per byte than the packed step would.
  * A class that saves nothing over being dropped is no level (fixed_class: it is; steps are then in the order of
  * importance * max(0, drop - distortion)).
  *
@@ -20,8 +22,8 @@
  * steps the one that saves the most error per byte comes first (ties: lower list, lower rank; a step without cost comes
  * before all others); it is taken if its bytes fit. After one that does not fit, later ones are taken that do, as long
  * as together they save no more error than that one would have: so more budget never gives a larger error. Where runs
- * are full this is within the largest single step's saving of the optimum. A budget of most_bytes or more, or none,
- * takes every run to its best level at once.
+ * are full the error is within one step's saving of the least that these levels allow. A budget of most_bytes or more,
+ * or none, takes every run to its best level at once.
  *
  * Fixed tokens (fixed[i,t] = 1: sinks, 2: window; both have kept = 1) are stored at (16, 16) whatever they cost: the
  * window, which is newer than all other kept tokens, as the list's tail in pages of its own, sinks and the runs at
@@ -47,7 +49,7 @@ typedef struct {
     int64_t most_bytes;  /* of the plan in which every run is at its best level */
     int64_t kept;        /* tokens stored, over all lists */
     int64_t pages;
-    double error;        /* objective: sum of importance * distortion (or drop) over tokens with kept = 1 */
+    double error; /* objective: sum of importance * distortion (or drop) over tokens with kept = 1 */
 } kvc_plan_summary;
 
 typedef struct {
@@ -61,13 +63,13 @@ typedef struct {
     kvc_tensor drop;         /* in  (n,) float32 >= 0 */
     kvc_tensor allowed;      /* in  (5,5) uint8: allowed[k,v] = 1 where class (k_bits, v_bits) may be used */
     kvc_tensor least_tokens; /* in  (n,) int32: candidates that must be kept; left out: 0 */
-    kvc_tensor guard;        /* in  (n,) int32: the most candidate tokens a list may hold at (16, 16); left out: no limit */
+    kvc_tensor guard;        /* in  (n,) int32: the most candidates a list may hold at (16, 16); left out: no limit */
     kvc_tensor workspace;    /* (bytes,) uint8: kvc_plan_workspace */
     kvc_layout layout;
-    int64_t budget;          /* bytes; < 0: no limit */
-    int64_t entry_bytes;     /* of a page-table entry, 0..2^20 */
-    int64_t list_bytes;      /* of a list's state, 0..2^20 */
-    int32_t fixed_class;     /* 1: the one allowed class or dropped; the budget decides how many are kept */
+    int64_t budget;            /* bytes; < 0: no limit */
+    int64_t entry_bytes;       /* of a page-table entry, 0..2^20 */
+    int64_t list_bytes;        /* of a list's state, 0..2^20 */
+    int32_t fixed_class;       /* 1: the one allowed class or dropped; the budget decides how many are kept */
     kvc_plan_summary *summary; /* out */
 } kvc_plan_args;
 

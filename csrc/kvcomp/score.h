@@ -13,7 +13,8 @@
  * Pooling runs over [first, s - w) and [s - w, s) apart, so that the window's mass does not leak.
  * fp32 throughout, sums over rows and the pooled values in double; probabilities below e^-87 of a row's largest are 0.
  * Errors: ESHAPE, EDTYPE; EINVAL for NaN or infinity in what is read, logits that overflow float32, a scale or softcap
- * that is not finite, a softcap < 0, an even pool. Workspace: kvc_score_workspace bytes (INT64_MAX where that overflows). */
+ * that is not finite, a softcap < 0, an even pool.
+ * Workspace: kvc_score_workspace bytes (INT64_MAX where that overflows). */
 #pragma once
 #include "kvcomp.h"
 

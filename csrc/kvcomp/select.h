@@ -1,19 +1,19 @@
 /* select.h: importance, budgets -> which tokens each list keeps; and how layers share a budget.
  *
- * kvc_select keeps exactly min(keep[i], real tokens) tokens of list i: first its newest `window` tokens, then its first
- * `sinks` tokens, then the most important others (ties: the older token). Window and sinks count inside `keep`: when it is
- * smaller than they are, the newest tokens win. A list whose real tokens number at most `window` is kept whole,
- * whatever keep says. Importance left out (streaming): sinks and the newest tokens only. Tokens before first[i] do not
- * exist: they are not kept, and their importance is not read.
+ * kvc_select keeps exactly min(keep[i], real tokens) tokens of list i: first its newest `window` tokens, then its
+ * first `sinks` tokens, then the most important others (ties: the older token). Window and sinks count inside `keep`:
+ * when it is smaller than they are, the newest tokens win. A list whose real tokens number at most `window` is kept
+ * whole, whatever keep says. Importance left out (streaming): sinks and the newest tokens only. Tokens before first[i]
+ * do not exist: they are not kept, and their importance is not read.
  *
- * kvc_select_share divides total tokens over layers: layer l gets clip(weight[l] * x, floor[l], ceiling[l]) with the one
- * x whose sum is `total`, which is what proportional shares become when all that clipping frees or takes is shared out
- * again in proportion. Whole tokens by rounding down, then by largest remainder (ties: the lower layer). Layers of weight
- * 0 get their floor, and, evenly, what the others cannot hold. kvc_select_pyramid gives PyramidKV's weights (arXiv
- * 2406.02069): an arithmetic sequence over layers with mean 1 whose last term is 1/beta of the mean; one layer: 1.
- * Errors: ESHAPE, EDTYPE; EINVAL for negative counts, importance that is negative, NaN or infinite, first outside 0..s,
- * a total outside [sum floor, sum ceiling] or 0..2^53, weights that are negative, not finite, all 0, or more than 200
- * decades apart, beta < 1. */
+ * kvc_select_share divides total tokens over layers: layer l gets clip(weight[l] * x, floor[l], ceiling[l]) with the
+ * one x whose sum is `total`, which is what proportional shares become when all that clipping frees or takes is shared
+ * out again in proportion. Whole tokens by rounding down, then by largest remainder (ties: the lower layer). Layers of
+ * weight 0 get their floor, and, evenly, what the others cannot hold. kvc_select_pyramid gives PyramidKV's weights
+ * (arXiv 2406.02069): an arithmetic sequence over layers with mean 1 whose last term is 1/beta of the mean; one
+ * layer: 1. Errors: ESHAPE, EDTYPE; EINVAL for negative counts, importance that is negative, NaN or infinite, first
+ * outside 0..s, a total outside [sum floor, sum ceiling] or 0..2^53, weights that are negative, not finite, all 0, or
+ * more than 200 decades apart, beta < 1. */
 #pragma once
 #include "kvcomp.h"
 

@@ -53,6 +53,12 @@ static int fill(kvc_frame *frame, const char *name, const dl_tensor *in, bool re
         out->strides[axis] = in->strides ? in->strides[axis] : stride;
         stride *= in->shape[axis];
     }
+    if (!out->data && kvc_elements(out) != 0) /* a stand-in, as compilers trace with */
+        return fail_text(frame, PyExc_ValueError, name, "a tensor with memory", "a null address");
+    if ((uintptr_t)out->data % (uintptr_t)kvc_dtype_size(out->dtype) != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected aligned elements, got address %p", frame->op, name, out->data);
+        return fail(frame);
+    }
     return 0;
 }
 
@@ -213,20 +219,17 @@ int frame_int32(kvc_frame *frame, PyObject *object, const char *name, int64_t lo
 }
 
 int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out) {
-    PyObject *number = PyNumber_Float(object);
-    if (!number) {
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred()) {
         PyErr_Clear();
         return fail_type(frame, object, name, "a number");
     }
-    const double value = PyFloat_AsDouble(number);
     if (!(value >= low && value <= high)) {
         char range[96];
         PyOS_snprintf(range, sizeof range, "a number in %g..%g", low, high);
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected %s, got %S", frame->op, name, range, number);
-        Py_DECREF(number);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected %s, got %S", frame->op, name, range, object);
         return fail(frame);
     }
-    Py_DECREF(number);
     *out = (float)value;
     return 0;
 }
@@ -303,6 +306,8 @@ int frame_check(kvc_frame *frame) {
 kvc_device frame_device(const kvc_frame *frame) { return frame->count ? frame->tensors[0]->device : KVC_CPU; }
 
 PyObject *frame_return(kvc_frame *frame) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace); /* what runs here may be Python, which must not find an exception set */
     for (int i = 0; i < frame->count; i++) {
         kvc_held *held = &frame->held[i];
         if (held->managed && held->versioned) {
@@ -314,6 +319,7 @@ PyObject *frame_return(kvc_frame *frame) {
         }
         Py_XDECREF(held->object);
     }
+    PyErr_Restore(type, value, trace);
     if (frame->failed) return NULL;
     Py_RETURN_NONE;
 }

@@ -107,7 +107,7 @@ static PyObject *append_need(PyObject *module, PyObject *const *argv, Py_ssize_t
     (void)module;
     kvc_frame frame = {.op = "append_need"};
     int32_t tail, q, window, packs;
-    if (frame_count(&frame, argc, 4) || frame_int32(&frame, argv[0], "tail_tokens", 0, INT32_MAX, &tail) ||
+    if (frame_count(&frame, argc, 4) || frame_int32(&frame, argv[0], "tail_tokens", 0, 1 << 30, &tail) ||
         frame_int32(&frame, argv[1], "q", 0, 1 << 24, &q) || frame_int32(&frame, argv[2], "window", 0, 1 << 24, &window) ||
         frame_int32(&frame, argv[3], "packs", 0, 1, &packs))
         return frame_return(&frame);

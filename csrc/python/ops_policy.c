@@ -28,7 +28,8 @@ FUNCTION(score) {
 }
 
 /* Sizes of a workspace: `count` integers named in `names`, each 0 .. 2^31 - 1. */
-static bool sizes(const char *op, PyObject *const *argv, Py_ssize_t argc, const char *const *names, int count, int64_t *out) {
+static bool sizes(const char *op, PyObject *const *argv, Py_ssize_t argc, const char *const *names, int count,
+                  int64_t *out) {
     kvc_frame frame = {.op = op};
     if (frame_count(&frame, argc, count)) return false;
     for (int i = 0; i < count; i++)
@@ -92,7 +93,8 @@ FUNCTION(pyramid) {
     const double beta = PyFloat_AsDouble(argv[1]); /* cannot fail where frame_float did not */
     kvc_status status = kvc_expect_array("pyramid", "weight", &weight, KVC_FLOAT64, 1, (int64_t[]){-1});
     if (status == KVC_OK && weight.shape[0] > INT32_MAX)
-        status = kvc_fail(KVC_ESHAPE, "pyramid: weight: expected at most 2^31 - 1 layers, got %lld", (long long)weight.shape[0]);
+        status = kvc_fail(KVC_ESHAPE, "pyramid: weight: expected at most 2^31 - 1 layers, got %lld",
+                          (long long)weight.shape[0]);
     if (status == KVC_OK) status = kvc_select_pyramid((int32_t)weight.shape[0], beta, weight.data);
     if (status != KVC_OK) {
         raise_status(status);
@@ -129,7 +131,8 @@ FUNCTION(plan) {
         frame_tensor(&frame, argv[9], "least_tokens", FRAME_OPTIONAL, &args.least_tokens) ||
         frame_tensor(&frame, argv[10], "guard", FRAME_OPTIONAL, &args.guard) ||
         frame_tensor(&frame, argv[11], "workspace", FRAME_OUT, &args.workspace) ||
-        frame_layout(&frame, argv[12], &args.layout) || frame_int(&frame, argv[13], "budget", INT64_MIN, INT64_MAX, &args.budget) ||
+        frame_layout(&frame, argv[12], &args.layout) ||
+        frame_int(&frame, argv[13], "budget", INT64_MIN, INT64_MAX, &args.budget) ||
         frame_int(&frame, argv[14], "entry_bytes", 0, INT64_MAX, &args.entry_bytes) ||
         frame_int(&frame, argv[15], "list_bytes", 0, INT64_MAX, &args.list_bytes) ||
         frame_int32(&frame, argv[16], "fixed_class", 0, 1, &args.fixed_class) || frame_check(&frame))
@@ -139,8 +142,9 @@ FUNCTION(plan) {
     PyObject *done = frame_return(&frame);
     if (!done) return NULL;
     Py_DECREF(done);
-    return Py_BuildValue("(LLLLLd)", (long long)summary.bytes, (long long)summary.least_bytes, (long long)summary.most_bytes,
-                         (long long)summary.kept, (long long)summary.pages, summary.error);
+    return Py_BuildValue("(LLLLLd)", (long long)summary.bytes, (long long)summary.least_bytes,
+                         (long long)summary.most_bytes, (long long)summary.kept, (long long)summary.pages,
+                         summary.error);
 }
 
 FUNCTION(plan_workspace) {
@@ -153,16 +157,19 @@ FUNCTION(plan_workspace) {
 #define METHOD(name, function, text) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, text}
 
 PyMethodDef ops_policy_methods[] = {
-    METHOD("score", score,
-           "score(importance, queries, keys, first, workspace, scale, softcap, reduce, pool_kind, pool, /)\n--\n\n"
-           "Importance (b,h,s) of every token from the attention of the last w queries (b,hq,w,d) over keys (b,h,s,d).\n"
-           "first: first real token (b,), or None. reduce: 0 sum, 1 mean. pool_kind: 0 average, 1 maximum; pool: odd width.\n"
-           "Contract: csrc/kvcomp/score.h."),
+    METHOD(
+        "score", score,
+        "score(importance, queries, keys, first, workspace, scale, softcap, reduce, pool_kind, pool, /)\n--\n\n"
+        "Importance (b,h,s) of every token from the attention of the last w queries (b,hq,w,d) over keys (b,h,s,d).\n"
+        "first: first real token (b,), or None. reduce: 0 sum, 1 mean. pool_kind: 0 average, 1 maximum; pool: odd "
+        "width.\n"
+        "Contract: csrc/kvcomp/score.h."),
     METHOD("score_workspace", score_workspace, "score_workspace(b, hq, w, s, d, /)\n--\n\nBytes of score's workspace."),
-    METHOD("select", select_tokens,
-           "select(kept, importance, keep, first, workspace, sinks, window, /)\n--\n\n"
-           "Marks, in kept (n,s), the newest `window`, the first `sinks` and the most important others, keep[i] in all.\n"
-           "importance None: sinks and the newest. Contract: csrc/kvcomp/select.h."),
+    METHOD(
+        "select", select_tokens,
+        "select(kept, importance, keep, first, workspace, sinks, window, /)\n--\n\n"
+        "Marks, in kept (n,s), the newest `window`, the first `sinks` and the most important others, keep[i] in all.\n"
+        "importance None: sinks and the newest. Contract: csrc/kvcomp/select.h."),
     METHOD("select_workspace", select_workspace, "select_workspace(n, s, /)\n--\n\nBytes of select's workspace."),
     METHOD("share", share,
            "share(shares, weight, floor, ceiling, total, /)\n--\n\n"
@@ -171,10 +178,12 @@ PyMethodDef ops_policy_methods[] = {
     METHOD("pyramid", pyramid,
            "pyramid(weight, beta, /)\n--\n\n"
            "PyramidKV's falling weights, mean 1, the last one 1 / beta. Contract: csrc/kvcomp/select.h."),
-    METHOD("plan", plan,
-           "plan(k_bits, v_bits, importance, kept, fixed, distortion_k, distortion_v, drop, allowed, least_tokens, guard, "
-           "workspace, layout, budget, entry_bytes, list_bytes, fixed_class, /)\n--\n\n"
-           "Bits of every token under one byte budget (< 0: none). Returns (bytes, least_bytes, most_bytes, kept, pages, error).\n"
-           "Raises BudgetError, whose least_bytes is what the smallest plan takes. Contract: csrc/kvcomp/plan.h."),
+    METHOD(
+        "plan", plan,
+        "plan(k_bits, v_bits, importance, kept, fixed, distortion_k, distortion_v, drop, allowed, least_tokens, guard, "
+        "workspace, layout, budget, entry_bytes, list_bytes, fixed_class, /)\n--\n\n"
+        "Bits of every token under one byte budget (< 0: none). Returns (bytes, least_bytes, most_bytes, kept, pages, "
+        "error).\n"
+        "Raises BudgetError, whose least_bytes is what the smallest plan takes. Contract: csrc/kvcomp/plan.h."),
     METHOD("plan_workspace", plan_workspace, "plan_workspace(n, s, /)\n--\n\nBytes of plan's workspace."),
     {0}};

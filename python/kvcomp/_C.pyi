@@ -10,7 +10,9 @@ import numpy as np
 _Tensor: TypeAlias = Any
 _Layout: TypeAlias = tuple[int, int, int, int]
 
-class BudgetError(ValueError): ...
+class BudgetError(ValueError):
+    least_bytes: int
+
 class CudaError(RuntimeError): ...
 
 class Arena:
@@ -20,7 +22,11 @@ class Arena:
     def alloc(self, page_bytes: int, count: int, /) -> np.ndarray[Any, np.dtype[np.uint32]]: ...
     def free(self, page_bytes: int, units: np.ndarray[Any, np.dtype[np.uint32]], /) -> None: ...
     def copy(
-        self, page_bytes: int, source: np.ndarray[Any, np.dtype[np.uint32]], target: np.ndarray[Any, np.dtype[np.uint32]], /
+        self,
+        page_bytes: int,
+        source: np.ndarray[Any, np.dtype[np.uint32]],
+        target: np.ndarray[Any, np.dtype[np.uint32]],
+        /,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...

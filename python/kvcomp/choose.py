@@ -45,7 +45,8 @@ def candidates_of(select: Selector | None, importance: list[Array], first: Array
     """Per layer (b*h, s) uint8: tokens that may be stored."""
     layers, (b, _, s) = len(importance), importance[0].shape
     if select is None or select.keep is None:
-        return [np.repeat((np.arange(s) >= first[:, None]).astype(np.uint8), scores.shape[1], 0) for scores in importance]
+        real = (np.arange(s) >= first[:, None]).astype(np.uint8)
+        return [np.repeat(real, scores.shape[1], 0) for scores in importance]
     least = max(policy.sinks + policy.window, select.min_tokens if isinstance(select, Hybrid) else 0)
     shares = np.stack([layer_shares(select, layers, int(s - f), least) for f in first])
     kept = []

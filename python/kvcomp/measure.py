@@ -74,10 +74,8 @@ def _falling(table: Array) -> Array:
     return np.ascontiguousarray(np.maximum.accumulate(table[:, ::-1], axis=1)[:, ::-1], np.float32)
 
 
-def _round_trip(
-    keys: Array, values: Array, real: Array, coding: Coding, bits: int, index: int
-) -> tuple[Array, Array]:
-    """Mean squared error per element of K and of V (lists,), after packing at ``bits``; ``real`` (b, 1, s, 1) marks rows."""
+def _round_trip(keys: Array, values: Array, real: Array, coding: Coding, bits: int, index: int) -> tuple[Array, Array]:
+    """Mean squared error per element of K, V (lists,) after packing at ``bits``; ``real`` (b, 1, s, 1) marks rows."""
     b, h, most, _ = keys.shape
     size, room = _C.page_bytes(coding.layout, bits, bits), _C.page_tokens(bits, bits)
     per_list = -(-most // room)

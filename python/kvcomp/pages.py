@@ -32,7 +32,7 @@ class PageRows:
 
 
 def paged(k_bits: Array, v_bits: Array, fixed: Array) -> PageRows:
-    """Cuts every list's tokens into pages: packed classes, then 16-bit tokens, then the tail (fixed == 2), by position."""
+    """Cuts every list's tokens into pages: by class, 16 bits last, then the tail (fixed == 2); each by position."""
     pages: list[tuple[int, int, int, int, int]] = []
     tokens: list[Array] = []
     states = np.zeros((len(k_bits), 4), np.int32)
@@ -62,8 +62,16 @@ def paged(k_bits: Array, v_bits: Array, fixed: Array) -> PageRows:
     return PageRows(records, table[:, 0].astype(np.int32), table[:, 1].astype(np.int32), flat, states)
 
 
-def write_pages(layers: Sequence[LayerInput], plans: list[PageRows], coding: Coding, aged: tuple[int, int], window: int) -> tuple[_C.Arena, list[PackedLayer]]:
-    sizes = [np.array([_C.page_bytes(coding.layout, int(p["k_bits"]), int(p["v_bits"])) for p in rows.pages], np.int64) for rows in plans]
+def page_sizes(rows: PageRows, layout: Layout) -> Array:
+    """(pages,) bytes of each page."""
+    return np.array([_C.page_bytes(layout, int(page["k_bits"]), int(page["v_bits"])) for page in rows.pages], np.int64)
+
+
+def write_pages(
+    layers: Sequence[LayerInput], plans: list[PageRows], coding: Coding, aged: tuple[int, int], window: int
+) -> tuple[_C.Arena, list[PackedLayer]]:
+    """Allocates the pages of all layers in one arena and packs their tokens."""
+    sizes = [page_sizes(rows, coding.layout) for rows in plans]
     arena = _C.Arena()
     every = np.concatenate(sizes)
     units = np.zeros(len(every), np.uint32)
@@ -79,7 +87,10 @@ def write_pages(layers: Sequence[LayerInput], plans: list[PageRows], coding: Cod
         )  # fmt: skip
         table = np.zeros((len(rows.states), int(rows.states[:, 0].max(initial=0))), np.uint64)
         table[np.arange(table.shape[1]) < rows.states[:, :1]] = rows.pages.view(np.uint64)
-        packed.append(PackedLayer(arena, coding, table, rows.states, heads=layer.shape[1], layer=index, aged=aged, window=window))
+        heads = layer.shape[1]
+        packed.append(
+            PackedLayer(arena, coding, table, rows.states, heads=heads, layer=index, aged=aged, window=window)
+        )
     return arena, packed
 
 
@@ -88,8 +99,7 @@ def bytes_held(plans: list[PageRows], layout: Layout) -> int:
     counts: dict[int, int] = {}
     table = 0
     for rows in plans:
-        for page in rows.pages:
-            size = _C.page_bytes(layout, int(page["k_bits"]), int(page["v_bits"]))
-            counts[size] = counts.get(size, 0) + 1
+        for size, count in zip(*np.unique(page_sizes(rows, layout), return_counts=True), strict=True):
+            counts[int(size)] = counts.get(int(size), 0) + int(count)
         table += rows.states.nbytes + len(rows.states) * int(rows.states[:, 0].max(initial=0)) * PAGE.itemsize
     return _slabs(counts) + table

@@ -5,12 +5,13 @@ One method is one small dataclass, with its source in the docstring.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
 BITS = (2, 3, 4, 8, 16)
@@ -27,6 +28,16 @@ def _check_fraction(argument: str, value: float | None) -> None:
         raise _fail(argument, "a fraction in (0, 1]", value)
 
 
+def _check_whole(argument: str, value: object, least: int, expected: str) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise _fail(argument, expected, value)
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise _fail(argument, " or ".join(choices), value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Full:
     """Every token is a candidate; the byte budget alone decides."""
@@ -38,10 +49,10 @@ class Full:
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise _fail("select.window", "1 or more queries", self.window)
-        if self.pool < 1:
-            raise _fail("select.pool", "a width of 1 or more", self.pool)
+        _check_whole("select.window", self.window, 1, "1 or more queries")
+        _check_whole("select.pool", self.pool, 1, "a width of 1 or more")
+        _check_choice("select.pool_kind", self.pool_kind, ("avg", "max"))
+        _check_choice("select.reduce", self.reduce, ("sum", "mean"))
         _check_fraction("select.keep", self.keep)
 
 
@@ -82,7 +93,7 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         if self.keep is None:
             raise _fail("select.keep", "a fraction to share out over the layers", None)
-        if self.beta < 1:
+        if not self.beta >= 1:
             raise _fail("select.beta", "1 or more", self.beta)
 
 
@@ -95,10 +106,9 @@ class LayerRatio:
     priority: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.layer_index < 0:
-            raise _fail("layer_index", "0 or more", self.layer_index)
+        _check_whole("layer_index", self.layer_index, 0, "0 or more")
         _check_fraction("retain_ratio", self.retain_ratio)
-        if self.priority <= 0:
+        if not self.priority > 0:
             raise _fail("priority", "a positive weight", self.priority)
 
 
@@ -122,13 +132,15 @@ class Hybrid(SnapKV):
         super().__post_init__()
         if self.keep is None:
             raise _fail("select.keep", "a fraction to share out over the layers", None)
-        if self.min_tokens < 0:
-            raise _fail("select.min_tokens", "0 or more", self.min_tokens)
+        _check_whole("select.min_tokens", self.min_tokens, 0, "0 or more")
+        _check_choice("select.base", self.base, ("pyramid", "snap"))
+        if not self.beta >= 1:
+            raise _fail("select.beta", "1 or more", self.beta)
         indices = [ratio.layer_index for ratio in self.layer_ratios]
         if sorted(set(indices)) != indices:
             raise _fail("select.layer_ratios", "rising layer indices, each once", indices)
         if self.layer_ratios and (self.model_layers is None or self.model_layers <= indices[-1]):
-            raise _fail("select.model_layers", f"the depth the ratios are for, more than {indices[-1]}", self.model_layers)
+            raise _fail("select.model_layers", f"the ratios' depth, more than {indices[-1]}", self.model_layers)
 
 
 Selector = Full | Streaming | SnapKV | PyramidKV | Hybrid
@@ -200,14 +212,12 @@ class Policy:
         if self.target_ratio is not None and not self.target_ratio >= 1:
             raise _fail("target_ratio", "1 or more", self.target_ratio)
         _check_fraction("fraction", self.fraction)
-        if self.budget_bytes is not None and self.budget_bytes < 1:
-            raise _fail("budget_bytes", "1 or more bytes", self.budget_bytes)
+        if self.budget_bytes is not None:
+            _check_whole("budget_bytes", self.budget_bytes, 1, "1 or more bytes")
         for name in ("sinks", "window", "seed"):
-            if getattr(self, name) < 0:
-                raise _fail(name, "0 or more", getattr(self, name))
-        for name, choices in (("rotation", ("hadamard", "none")), ("scale", ("sigma", "minmax", "search"))):
-            if getattr(self, name) not in choices:
-                raise _fail(name, " or ".join(choices), getattr(self, name))
+            _check_whole(name, getattr(self, name), 0, "0 or more")
+        _check_choice("rotation", self.rotation, ("hadamard", "none"))
+        _check_choice("scale", self.scale, ("sigma", "minmax", "search"))
         if self.group is not None and (self.group < 16 or self.group % 16):
             raise _fail("group", "a multiple of 16", self.group)
         for pair in self.classes or ():
@@ -217,8 +227,7 @@ class Policy:
             raise _fail("guard", "a fraction in [0, 1]", self.guard)
         if not self.importance_temperature > 0:
             raise _fail("importance_temperature", "a positive number", self.importance_temperature)
-        if self.calibration_tokens < 16:
-            raise _fail("calibration_tokens", "16 or more", self.calibration_tokens)
+        _check_whole("calibration_tokens", self.calibration_tokens, 16, "16 or more")
         if self.fixed_class is not None:
             for name in ("guard", "classes"):
                 if getattr(self, name) is not None:
@@ -253,7 +262,7 @@ class Policy:
         return -1 if self.budget_bytes is None else self.budget_bytes
 
     @staticmethod
-    def load(path: str | os.PathLike[str], **sizes: Any) -> Policy:
+    def load(path: str | Path, **sizes: Any) -> Policy:
         """The policy of an experiment's YAML file (keys: README, "Experiment files").
 
         ``sizes``: ``prompt_tokens``, to which the file's windows scale (default: its ``max_sequence_length``).

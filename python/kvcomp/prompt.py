@@ -30,7 +30,7 @@ class Report:
     bf16_bytes: int  # of the uncompressed cache of those tokens
     budget_bytes: int | None
     planned_bytes: int
-    least_bytes: int | None  # of the smallest plan
+    least_bytes: int | None  # of the smallest plan, before the arena rounds up
     kept_fraction: float
     kept_per_layer: list[float]
     bits_per_element: float  # of kept tokens' codes
@@ -42,10 +42,17 @@ class Report:
 
 
 class Packed:
-    """The packed layers of one prompt, and what they take."""
+    """The packed layers of one prompt, and what they take.
 
-    def __init__(self, arena: _C.Arena, layers: list[PackedLayer], report: Report) -> None:
-        self.arena, self.layers, self.report = arena, layers, report
+    Attributes:
+        positions: per layer, the token at each stored place, lists one after the other in page order, where they were
+            asked for. Attention needs none; they serve measurements, and are not part of the cache's bytes.
+    """
+
+    def __init__(
+        self, arena: _C.Arena, layers: list[PackedLayer], report: Report, positions: list[Array] | None = None
+    ) -> None:
+        self.arena, self.layers, self.report, self.positions = arena, layers, report, positions
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +92,8 @@ def _check(layers: Sequence[LayerInput], policy: Policy) -> Layout:
             raise ValueError(f"compress: layers[{index}]: expected shape {layers[0].shape}, got {layer.shape}")
         if layer.importance is not None and tuple(layer.importance.shape) != layer.shape[:3]:
             raise ValueError(
-                f"compress: importance: expected {layer.shape[:3]}, got {tuple(layer.importance.shape)} in layer {index}"
+                f"compress: importance: expected {layer.shape[:3]} in layer {index}, "
+                f"got {tuple(layer.importance.shape)}"
             )
     head_dim = layers[0].shape[3]
     group = head_dim if policy.group is None else policy.group
@@ -118,8 +126,12 @@ def _allowed(policy: Policy) -> Array:
     return allowed
 
 
-def compress_prompt(layers: Sequence[LayerInput], policy: Policy, *, least_if_over: bool = False) -> Packed:
+def compress_prompt(
+    layers: Sequence[LayerInput], policy: Policy, *, least_if_over: bool = False, positions: bool = False
+) -> Packed:
     """Packs a prompt's layers under ``policy``; all layers share one byte budget.
+
+    ``positions``: keep which token every place holds (``Packed.positions``).
 
     ``least_if_over``: keep the smallest plan (``report.over_budget``) where the budget is below it, instead of raising
     ``BudgetError``.
@@ -161,7 +173,7 @@ def compress_prompt(layers: Sequence[LayerInput], policy: Policy, *, least_if_ov
     aged = pair if pair is not None else _aged_class(plans)
     arena, packed = write_pages(layers, plans, coding, aged, policy.window)
     report = _report(packed, policy, real, bf16_bytes, budget, least, over, layers)
-    return Packed(arena, packed, report)
+    return Packed(arena, packed, report, [rows.tokens for rows in plans] if positions else None)
 
 
 def _aged_class(plans: list[PageRows]) -> tuple[int, int]:
@@ -188,9 +200,10 @@ def _planned(
     """Runs plan until what the arena will really take fits the budget."""
     s = layers[0].shape[2]
     priority = layer_priorities(policy.select, len(layers))
+    exponent = 1.0 / policy.importance_temperature
     sharp = np.concatenate(
         [
-            (scores.reshape(-1, s).astype(np.float64) ** (1.0 / policy.importance_temperature) * weight).astype(np.float32)
+            (scores.reshape(-1, s).astype(np.float64) ** exponent * weight).astype(np.float32)
             for scores, weight in zip(importance, priority, strict=True)
         ]
     )
@@ -208,28 +221,30 @@ def _planned(
     def run(limit: int) -> tuple[int, int, int, int, int, float]:
         return _C.plan(
             k_bits, v_bits, sharp, every_kept, every_fixed, distortion_k, distortion_v, drop, _allowed(policy),
-            least_tokens, guard, workspace(_C.plan_workspace(n, s)), coding.layout, limit, PAGE.itemsize, _LIST_BYTES, 0,
+            least_tokens, guard, workspace(_C.plan_workspace(n, s)), coding.layout, limit,
+            PAGE.itemsize, _LIST_BYTES, 0,
         )  # fmt: skip
 
-    limit, over, least = budget, False, 0
-    for _ in range(16):
+    limit = budget
+    while True:
         try:
             _, least, *_ = run(limit)
+            smallest = False
         except _C.BudgetError as error:
-            least = error.least_bytes
-            if not least_if_over:
-                raise _budget_error(least + budget - limit, budget, layers) from None
-            over = True
+            least, smallest = error.least_bytes, True
             run(least)
         plans = [
             paged(k, v, f)
             for k, v, f in zip(*(np.split(part, splits) for part in (k_bits, v_bits, every_fixed)), strict=True)
         ]
-        excess = bytes_held(plans, coding.layout) - budget
-        if over or excess <= 0:
-            break
-        limit -= excess
-    return plans, least + budget - limit, over
+        held = bytes_held(plans, coding.layout)
+        if held <= budget:
+            return plans, least, False
+        if smallest and not least_if_over:
+            raise _budget_error(held, budget, layers)
+        if smallest:
+            return plans, least, True
+        limit -= held - budget
 
 
 def _budget_error(least: int, budget: int, layers: Sequence[LayerInput]) -> _C.BudgetError:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _C
+from .layer_input import to_float32
 
 FLOAT16, BFLOAT16 = 1, 2  # kvc_dtype
 ROTATIONS = {"none": 0, "hadamard": 1}
@@ -59,6 +60,11 @@ def empty_like(tensor: Any) -> Any:
     return np.empty(tensor.shape, tensor.dtype) if isinstance(tensor, np.ndarray) else tensor.new_empty(tensor.shape)
 
 
+def _classes(entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """One number for each entry's class: 32 * k_bits + v_bits."""
+    return np.asarray(entries["k_bits"].astype(np.int32) * 32 + entries["v_bits"])
+
+
 class PackedLayer:
     """The lists of pages of one layer, list = sequence * heads + head.
 
@@ -100,7 +106,8 @@ class PackedLayer:
 
     def append(self, keys: Any, values: Any, valid: np.ndarray[Any, Any] | None = None) -> None:
         """Adds rows (b, h, q, d) behind every list; of a left-padded sequence only the last ``valid[b]`` ones."""
-        q = int(keys.shape[2])
+        _, q = self._group_and_new("append", "keys", keys, most=1)
+        valid = self._counts("append", "valid", valid, q)
         layout, (k_bits, v_bits) = self.coding.layout, self.aged
         packs = self.aged != (16, 16)
         added = np.full(len(self.lists), q) if valid is None else np.repeat(valid, self.heads)
@@ -114,21 +121,41 @@ class PackedLayer:
         table = self._grown(grow)
         tail_bytes, packed_bytes = _C.page_bytes(layout, 16, 16), _C.page_bytes(layout, k_bits, v_bits)
         in_tails = int((self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]).sum())
-        pool_tail = np.zeros(tail_need + in_tails, np.uint32)
-        pool_tail[:tail_need] = self.arena.alloc(tail_bytes, tail_need)
-        pool_packed = self.arena.alloc(packed_bytes, packed_need)
-        left = np.array([tail_need, packed_need], np.int32)
+        pool_tail, pool_packed = np.zeros(tail_need + in_tails, np.uint32), np.zeros(packed_need, np.uint32)
+        left = np.zeros(2, np.int32)
         try:
+            pool_tail[:tail_need] = self.arena.alloc(tail_bytes, tail_need)
+            left[0] = tail_need
+            pool_packed[:] = self.arena.alloc(packed_bytes, packed_need)
+            left[1] = packed_need
             coding = self.coding
             _C.append(
-                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values,
-                None if valid is None else np.ascontiguousarray(valid, np.int32), layout, k_bits, v_bits, self.window,
-                coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
+                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, layout, k_bits,
+                v_bits, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
             )  # fmt: skip
             self.table = table
         finally:
             self.arena.free(tail_bytes, pool_tail[: left[0]])
             self.arena.free(packed_bytes, pool_packed[: left[1]])
+
+    def _group_and_new(self, op: str, name: str, rows: Any, most: int | None = None) -> tuple[int, int]:
+        """Heads of ``rows`` (b, heads, q, d) for each of the layer's, and q; ValueError for rows that do not fit."""
+        shape = tuple(getattr(rows, "shape", ()))
+        head_dim = self.coding.layout.head_dim
+        group, rest = divmod(shape[1], self.heads) if len(shape) == 4 else (0, 0)
+        if group < 1 or rest or group > (most or group) or shape[0] != self.batch or shape[3] != head_dim:
+            heads = str(self.heads) if most == 1 else f"a multiple of {self.heads}"
+            raise ValueError(f"{op}: {name}: expected shape ({self.batch}, {heads}, q, {head_dim}), got {shape}")
+        return group, int(shape[2])
+
+    def _counts(self, op: str, name: str, given: Any, q: int) -> np.ndarray[Any, Any] | None:
+        """(b,) int32 of the real ones among q new tokens; None: all are."""
+        if given is None:
+            return None
+        counts = np.asarray(given)
+        if counts.dtype.kind not in "iu" or counts.shape != (self.batch,) or (counts < 0).any() or (counts > q).any():
+            raise ValueError(f"{op}: {name}: expected {self.batch} integers in 0..{q}, got {counts.tolist()}")
+        return np.ascontiguousarray(counts, np.int32)
 
     def _grown(self, pages: int) -> np.ndarray[Any, Any]:
         """The table, or a larger copy of it, with room for ``pages`` more in every row."""
@@ -153,15 +180,15 @@ class PackedLayer:
 
         ``mass``: (lists, tokens or more) float32, receives every token's attention probability in page order.
         """
-        out = empty_like(queries) if out is None else out
         layout = self.coding.layout
-        group = int(queries.shape[1]) // self.heads if self.heads else 0
+        group, q = self._group_and_new("attend", "queries", queries)
+        counts = self._counts("attend", "new_tokens", new_tokens, q)
+        out = empty_like(queries) if out is None else out
         pages = int(self.lists[:, PAGES].max(initial=0))
-        scratch = workspace(_C.attend_workspace(len(self.lists), pages, group, int(queries.shape[2]), layout.head_dim))
+        scratch = workspace(_C.attend_workspace(len(self.lists), pages, group, q, layout.head_dim))
         _C.attend(
-            out, mass, queries, self.arena, self.table, self.lists,
-            None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32), scratch, layout,
-            self.coding.rotation, scale, softcap, 0,
+            out, mass, queries, self.arena, self.table, self.lists, counts, scratch, layout, self.coding.rotation,
+            scale, softcap, 0,
         )  # fmt: skip
         return out
 
@@ -176,15 +203,24 @@ class PackedLayer:
         valid: np.ndarray[Any, Any] | None = None,
     ) -> Any:
         """Appends q new tokens and attends with their queries, 64 at a time; causal. Returns out, shaped as queries."""
-        q = int(queries.shape[2])
+        _, q = self._group_and_new("append", "queries", queries)
+        if q != self._group_and_new("append", "keys", keys, most=1)[1]:
+            raise ValueError(f"append: queries: expected those of {keys.shape[2]} new tokens, got {q}")
+        counts = self._counts("append", "valid", valid, q)
+        # What would be refused after the first append is refused before it.
+        self.attend(queries[:, :, :0], scale=scale, softcap=softcap)
         if q <= CHUNK:
-            self.append(keys, values, valid)
-            return self.attend(queries, scale=scale, softcap=softcap, new_tokens=valid)
+            self.append(keys, values, counts)
+            return self.attend(queries, scale=scale, softcap=softcap, new_tokens=counts)
+        for name, rows in (("keys", keys), ("values", values)):
+            for sequence, real in enumerate([q] * self.batch if counts is None else counts):
+                if not np.isfinite(to_float32(rows[sequence, :, q - real :])).all():
+                    raise ValueError(f"append: {name}: expected finite values, got NaN or Inf in sequence {sequence}")
         out = empty_like(queries)
         for start in range(0, q, CHUNK):
             chunk = slice(start, min(start + CHUNK, q))
             width = chunk.stop - start
-            part = None if valid is None else np.clip(valid - (q - chunk.stop), 0, width)
+            part = None if counts is None else np.clip(counts - (q - chunk.stop), 0, width)
             self.append(keys[:, :, chunk], values[:, :, chunk], part)
             self.attend(queries[:, :, chunk], scale=scale, softcap=softcap, new_tokens=part, out=out[:, :, chunk])
         return out
@@ -196,8 +232,8 @@ class PackedLayer:
         entries = self.entries()
         lists = np.repeat(np.arange(len(self.lists), dtype=np.int32), self.lists[:, PAGES])
         ends = np.cumsum(entries["tokens"], dtype=np.int64)
-        first = np.concatenate([[0], ends])[np.searchsorted(lists, np.arange(len(self.lists)))] if len(entries) else []
-        start = (ends - entries["tokens"] - np.asarray(first, np.int64)[lists]).astype(np.int32)
+        before = np.cumsum(self.tokens, dtype=np.int64) - self.tokens  # in the lists before
+        start = (ends - entries["tokens"] - before[lists]).astype(np.int32)
         most = int(self.tokens.max(initial=0))
         shape = (self.batch, self.heads, most, self.coding.layout.head_dim)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -209,20 +245,27 @@ class PackedLayer:
 
     def select(self, sequences: np.ndarray[Any, Any]) -> None:
         """Reorders, repeats and drops sequences: the new sequence i is the old ``sequences[i]``."""
-        heads = self.heads
-        chosen = (np.asarray(sequences)[:, None] * heads + np.arange(heads)).reshape(-1)
+        heads, wanted = self.heads, np.asarray(sequences)
+        integers = wanted.ndim == 1 and (wanted.dtype.kind in "iu" or wanted.size == 0)
+        if not integers or (wanted < 0).any() or (wanted >= self.batch).any():
+            raise ValueError(f"select: sequences: expected indices in 0..{self.batch - 1}, got {wanted.tolist()}")
+        chosen = (wanted.astype(np.int64)[:, None] * heads + np.arange(heads)).reshape(-1)
         table, lists = self.table[chosen], self.lists[chosen]
         _, first = np.unique(chosen, return_index=True)
         copies = np.setdiff1d(np.arange(len(chosen)), first)
-        sources: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
-        for row in copies:
-            entries = table[row, : lists[row, PAGES]].view(PAGE)
-            for size, members in self._by_size(entries):
-                old = entries["unit"][members].copy()
-                entries["unit"][members] = self.arena.alloc(size, len(old))
-                sources.append((size, old, entries["unit"][members]))
-        for size, old, new in sources:
-            self.arena.copy(size, old, new)
+        copied: list[tuple[int, np.ndarray[Any, Any]]] = []
+        try:
+            for row in copies:
+                entries = table[row, : lists[row, PAGES]].view(PAGE)
+                for size, members in self._by_size(entries):
+                    new = self.arena.alloc(size, len(members))
+                    copied.append((size, new))
+                    self.arena.copy(size, np.ascontiguousarray(entries["unit"][members]), new)
+                    entries["unit"][members] = new
+        except MemoryError:
+            for size, new in copied:
+                self.arena.free(size, new)
+            raise
         self._free(np.setdiff1d(np.arange(len(self.lists)), chosen))
         self.table, self.lists = np.ascontiguousarray(table), np.ascontiguousarray(lists)
 
@@ -232,8 +275,8 @@ class PackedLayer:
         self.table, self.lists = self.table[:0], self.lists[:0]
 
     def _by_size(self, entries: np.ndarray[Any, Any]) -> list[tuple[int, np.ndarray[Any, Any]]]:
-        layout = self.coding.layout
-        sizes = np.array([_C.page_bytes(layout, int(e["k_bits"]), int(e["v_bits"])) for e in entries], np.int64)
+        classes, members = np.unique(_classes(entries), return_inverse=True)
+        sizes = np.array([_C.page_bytes(self.coding.layout, *divmod(int(c), 32)) for c in classes], np.int64)[members]
         return [(int(size), np.flatnonzero(sizes == size)) for size in np.unique(sizes)]
 
     def _free(self, rows: np.ndarray[Any, Any]) -> None:
@@ -265,8 +308,7 @@ class PackedLayer:
 
     def bits_histogram(self) -> dict[tuple[int, int], int]:
         """Tokens stored per class (k_bits, v_bits)."""
-        counts: dict[tuple[int, int], int] = {}
-        for entry in self.entries():
-            key = (int(entry["k_bits"]), int(entry["v_bits"]))
-            counts[key] = counts.get(key, 0) + int(entry["tokens"])
-        return counts
+        entries = self.entries()
+        classes, members = np.unique(_classes(entries), return_inverse=True)
+        counts = np.bincount(members, entries["tokens"], minlength=len(classes))
+        return {divmod(int(c), 32): int(n) for c, n in zip(classes, counts, strict=True)}

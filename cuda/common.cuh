@@ -1,0 +1,54 @@
+/* common.cuh: what the CUDA definitions share: the C core's headers with C linkage, devices, errors, 16-bit floats. */
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+extern "C" {
+#include "core/core.h"
+}
+
+#define KVC_LEAST_CAPABILITY 80 /* bf16 arithmetic and cp.async */
+
+/* Fails with one sentence: the CUDA error's name and text, and what the binary holds where that is the matter. */
+kvc_status kvc_cuda_fail(const char *op, cudaError_t error);
+
+/* Makes `device` current for a scope. Costs no driver call where it is current already. */
+struct kvc_device_scope {
+    int previous;
+    cudaError_t error;
+    explicit kvc_device_scope(int device) : previous(device) {
+        error = cudaGetDevice(&previous);
+        if (error == cudaSuccess && previous != device)
+            error = cudaSetDevice(device);
+        else
+            previous = -1;
+    }
+    ~kvc_device_scope() {
+        if (previous >= 0) cudaSetDevice(previous);
+    }
+    kvc_device_scope(const kvc_device_scope &) = delete;
+    kvc_device_scope &operator=(const kvc_device_scope &) = delete;
+};
+
+/* 16-bit floats as core.h's, bit for bit: nearest even, saturated at the largest finite value; Inf and NaN stay. */
+__device__ inline float kvc_cuda_half_to_float(uint16_t bits, int dtype) {
+    return dtype == KVC_BFLOAT16 ? __uint_as_float((uint32_t)bits << 16) : __half2float(__ushort_as_half(bits));
+}
+
+/* Two in a word, `low` in its low half. */
+__device__ inline uint32_t kvc_cuda_floats_to_halves(float low, float high, int dtype) {
+    const bool brain = dtype == KVC_BFLOAT16;
+    uint32_t bits;
+    if (brain)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    if (fmaxf(fabsf(low), fabsf(high)) >= (brain ? 0x1.ffp127f : 65520.0f)) {
+        const uint32_t infinity = brain ? 0x7f80 : 0x7c00; /* less one: the largest finite number */
+        if ((bits & 0x7fff) == infinity && fabsf(low) < INFINITY) bits -= 1;
+        if ((bits >> 16 & 0x7fff) == infinity && fabsf(high) < INFINITY) bits -= 0x10000;
+    }
+    return bits;
+}

@@ -1,0 +1,30 @@
+"""Skips tests marked gpu where no GPU can be used, and says why."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """The reason why CUDA tensors cannot be used here; None: they can."""
+    from kvcomp import _C
+
+    cuda = _C.cuda_info()
+    if not cuda["available"]:
+        return str(cuda["why"])
+    if max(capability for _, capability in cuda["devices"]) < 80:
+        return "needs an NVIDIA GPU of compute capability 8.0 or newer"
+    try:
+        import torch
+    except ImportError:
+        return "needs torch"
+    return None if torch.cuda.is_available() else "needs torch built with CUDA"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and why_no_gpu():
+            item.add_marker(pytest.mark.skip(reason=str(why_no_gpu())))
