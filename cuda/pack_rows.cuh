@@ -228,9 +228,6 @@ template <int GROUPS> struct affine {
     float scale[GROUPS], zero[GROUPS];
 };
 
-/* sigma's step in sigmas. */
-__device__ float sigma_step(int bits) { return bits == 2 ? 0.996f : bits == 3 ? 0.586f : 0.335f; }
-
 template <int TILES, int GROUPS>
 __device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits) {
     float p[TILES][4];
@@ -254,7 +251,7 @@ __device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const
             p[j][i] = difference * difference;
         }
     sum_groups<TILES, GROUPS>(out.scale, p, g);
-    each_group(out.scale, g, [=](float sum) { return sigma_step(bits) * sqrtf(sum / n); });
+    each_group(out.scale, g, [=](float sum) { return kvc_sigma_step(bits) * sqrtf(sum / n); });
 }
 
 template <int TILES, int GROUPS>
@@ -290,8 +287,7 @@ template <int GROUPS> struct encoder {
 
 constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum */
 
-/* Of sigma's step (6), then of min-max's. */
-__constant__ const float search_factors[10] = {1.0f, 0.8f, 0.9f, 1.12f, 1.25f, 1.4f, 1.0f, 0.9f, 0.8f, 0.7f};
+__constant__ const float search_factors[KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS] = KVC_SEARCH_FACTORS;
 
 template <int TILES, int GROUPS>
 __device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], const call &a, const grouping &g,
@@ -306,8 +302,8 @@ __device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], con
     }
     if (bits < 8) fit_sigma<TILES, GROUPS>(base, x, a, g, bits);
 #pragma unroll 1
-    for (int trial = bits < 8 ? 0 : 6; trial < 10; trial++) {
-        if (trial == 6) fit_minmax<TILES, GROUPS>(base, x, a, g, bits);
+    for (int trial = bits < 8 ? 0 : KVC_SIGMA_FACTORS; trial < KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS; trial++) {
+        if (trial == KVC_SIGMA_FACTORS) fit_minmax<TILES, GROUPS>(base, x, a, g, bits);
         affine<GROUPS> tried;
 #pragma unroll
         for (int k = 0; k < GROUPS; k++) {

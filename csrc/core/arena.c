@@ -34,7 +34,8 @@ kvc_status kvc_arena_create(int64_t bytes, kvc_arena **out) {
     const int64_t most = (int64_t)UINT32_MAX * KVC_UNIT / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT);
     bytes = bytes > most ? most : (bytes + RUN_UNITS * KVC_UNIT - 1) / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT);
     for (;; bytes = bytes / 2 / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT)) {
-        arena->base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        arena->base =
+            mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (arena->base != MAP_FAILED) break;
         if (bytes < 128 << 20) {
             free(arena);
@@ -132,7 +133,8 @@ kvc_status kvc_arena_alloc(kvc_arena *arena, int64_t page_bytes, int64_t count, 
     if (idle < count)
         KVC_CHECK(slab_create(arena, page_units, count - idle), KVC_ENOMEM,
                   "arena: expected room for %lld pages of %lld bytes, got %lld bytes reserved and %lld taken",
-                  (long long)(count - idle), (long long)page_bytes, (long long)arena->reserved, (long long)arena->nbytes);
+                  (long long)(count - idle), (long long)page_bytes, (long long)arena->reserved,
+                  (long long)arena->nbytes);
     int64_t taken = 0;
     for (size_t s = 0; s < arena->slab_count && taken < count; s++) {
         slab *from = &arena->slabs[s];
@@ -152,8 +154,10 @@ static slab *slab_of(const kvc_arena *arena, uint32_t unit) {
     size_t low = 0, high = arena->slab_count;
     while (low < high) {
         const size_t middle = (low + high) / 2;
-        if (arena->slabs[middle].first <= unit) low = middle + 1;
-        else high = middle;
+        if (arena->slabs[middle].first <= unit)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return low ? &arena->slabs[low - 1] : NULL;
 }
@@ -189,7 +193,8 @@ kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, c
             from->next[page] = LIVE;
             from->live++;
         }
-        return kvc_fail(KVC_EINVAL, "arena: units: expected live pages of %lld bytes, got unit %u", (long long)page_bytes, bad);
+        return kvc_fail(KVC_EINVAL, "arena: units: expected live pages of %lld bytes, got unit %u",
+                        (long long)page_bytes, bad);
     }
     arena->used -= count * page_bytes;
     for (size_t s = arena->slab_count; s-- > 0;)

@@ -6,18 +6,18 @@
 
 typedef struct kvc_arena kvc_arena;
 
-/* ENOMEM when not even 64 MiB of address space can be had; otherwise reserves `bytes` or, halving, what the system gives. */
+/* Reserves `bytes` or, halving, what the system gives; ENOMEM when not even 64 MiB of address space can be had. */
 kvc_status kvc_arena_create(int64_t bytes, kvc_arena **out);
 void kvc_arena_destroy(kvc_arena *arena);
 
 /* `count` pages of page_bytes (a multiple of KVC_UNIT) each; their units go to `units`. Either all or none.
- * Pages of free slab space are taken first; the rest makes one new slab of just that many pages (rounded up to 4 KiB). */
+ * Free pages of slabs are taken first; the rest makes one new slab of just that many pages (rounded up to 4 KiB). */
 kvc_status kvc_arena_alloc(kvc_arena *arena, int64_t page_bytes, int64_t count, uint32_t *units);
 /* EINVAL, and nothing freed, when a unit is no live page of that size. */
 kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, const uint32_t *units);
 
 void *kvc_arena_base(const kvc_arena *arena);
 int64_t kvc_arena_reserved(const kvc_arena *arena);
-int64_t kvc_arena_nbytes(const kvc_arena *arena); /* of all slabs: what is allocated */
-int64_t kvc_arena_used(const kvc_arena *arena);   /* of live pages */
+int64_t kvc_arena_nbytes(const kvc_arena *arena);                               /* of all slabs: what is allocated */
+int64_t kvc_arena_used(const kvc_arena *arena);                                 /* of live pages */
 bool kvc_arena_live(const kvc_arena *arena, int64_t page_bytes, uint32_t unit); /* a live page of that size */

@@ -38,21 +38,23 @@ const char *kvc_shape_text(const kvc_tensor *tensor) {
     char *text = buffers[next++ % 4];
     size_t used = (size_t)snprintf(text, sizeof buffers[0], "(");
     for (int i = 0; i < tensor->ndim; i++)
-        used += (size_t)snprintf(text + used, sizeof buffers[0] - used, i ? ", %lld" : "%lld", (long long)tensor->shape[i]);
+        used +=
+            (size_t)snprintf(text + used, sizeof buffers[0] - used, i ? ", %lld" : "%lld", (long long)tensor->shape[i]);
     snprintf(text + used, sizeof buffers[0] - used, tensor->ndim == 1 ? ",)" : ")");
     return text;
 }
 
-kvc_status kvc_expect_shape(const char *op, const char *name, const kvc_tensor *tensor, int ndim, const int64_t *shape) {
+kvc_status kvc_expect_shape(const char *op, const char *name, const kvc_tensor *tensor, int ndim,
+                            const int64_t *shape) {
     bool same = tensor->ndim == ndim;
     for (int i = 0; same && i < ndim; i++) same = shape[i] < 0 || tensor->shape[i] == shape[i];
     if (same) return KVC_OK;
     char expected[160];
     size_t used = (size_t)snprintf(expected, sizeof expected, "(");
     for (int i = 0; i < ndim; i++)
-        used += shape[i] < 0
-                    ? (size_t)snprintf(expected + used, sizeof expected - used, i ? ", *" : "*")
-                    : (size_t)snprintf(expected + used, sizeof expected - used, i ? ", %lld" : "%lld", (long long)shape[i]);
+        used += shape[i] < 0 ? (size_t)snprintf(expected + used, sizeof expected - used, i ? ", *" : "*")
+                             : (size_t)snprintf(expected + used, sizeof expected - used, i ? ", %lld" : "%lld",
+                                                (long long)shape[i]);
     snprintf(expected + used, sizeof expected - used, ndim == 1 ? ",)" : ")");
     return kvc_fail(KVC_ESHAPE, "%s: %s: expected shape %s, got %s", op, name, expected, kvc_shape_text(tensor));
 }
@@ -70,8 +72,8 @@ kvc_status kvc_expect_float(const char *op, const char *name, const kvc_tensor *
 }
 
 kvc_status kvc_expect_contiguous(const char *op, const char *name, const kvc_tensor *tensor) {
-    KVC_CHECK(kvc_is_contiguous(tensor), KVC_EINVAL, "%s: %s: expected a contiguous array, got strides over shape %s", op,
-              name, kvc_shape_text(tensor));
+    KVC_CHECK(kvc_is_contiguous(tensor), KVC_EINVAL, "%s: %s: expected a contiguous array, got strides over shape %s",
+              op, name, kvc_shape_text(tensor));
     return KVC_OK;
 }
 
@@ -80,7 +82,8 @@ kvc_status kvc_expect_rows(const char *op, const char *name, const kvc_tensor *t
     const int64_t stride = last < 0 || tensor->shape[last] <= 1 ? 1 : tensor->strides[last];
     /* A new empty NumPy array has strides of 0. */
     KVC_CHECK(stride == 1 || (stride == 0 && kvc_elements(tensor) == 0), KVC_EINVAL,
-              "%s: %s: expected contiguous channels (last stride 1), got last stride %lld", op, name, (long long)stride);
+              "%s: %s: expected contiguous channels (last stride 1), got last stride %lld", op, name,
+              (long long)stride);
     return KVC_OK;
 }
 
@@ -93,19 +96,19 @@ kvc_status kvc_expect_array(const char *op, const char *name, const kvc_tensor *
 
 kvc_status kvc_expect_arena(const char *op, const kvc_tensor *arena) {
     KVC_TRY(kvc_expect_array(op, "arena", arena, KVC_UINT8, 1, (int64_t[]){-1}));
-    KVC_CHECK(((uintptr_t)arena->data & 15) == 0, KVC_EINVAL, "%s: arena: expected 16-byte alignment, got address %p", op,
-              arena->data);
+    KVC_CHECK(((uintptr_t)arena->data & 15) == 0, KVC_EINVAL, "%s: arena: expected 16-byte alignment, got address %p",
+              op, arena->data);
     return KVC_OK;
 }
 
 kvc_status kvc_expect_layout(const char *op, const kvc_layout *layout) {
-    KVC_CHECK(kvc_head_dim_ok(layout->head_dim), KVC_ENOTSUP, "%s: head_dim: expected 64, 80, 96, 128 or 256, got %d", op,
-              layout->head_dim);
+    KVC_CHECK(kvc_head_dim_ok(layout->head_dim), KVC_ENOTSUP, "%s: head_dim: expected 64, 80, 96, 128 or 256, got %d",
+              op, layout->head_dim);
     KVC_CHECK(kvc_group_ok(layout->head_dim, layout->group), KVC_EINVAL,
-              "%s: group: expected a divisor of head_dim %d that is a multiple of %d, got %d", op, layout->head_dim, KVC_TILE,
-              layout->group);
-    KVC_CHECK(layout->zero_point == 0 || layout->zero_point == 1, KVC_EINVAL, "%s: zero_point: expected 0 or 1, got %d", op,
-              layout->zero_point);
+              "%s: group: expected a divisor of head_dim %d that is a multiple of %d, got %d", op, layout->head_dim,
+              KVC_TILE, layout->group);
+    KVC_CHECK(layout->zero_point == 0 || layout->zero_point == 1, KVC_EINVAL, "%s: zero_point: expected 0 or 1, got %d",
+              op, layout->zero_point);
     KVC_CHECK(layout->half == KVC_FLOAT16 || layout->half == KVC_BFLOAT16, KVC_EINVAL,
               "%s: half: expected float16 (%d) or bfloat16 (%d), got %d", op, KVC_FLOAT16, KVC_BFLOAT16, layout->half);
     return KVC_OK;

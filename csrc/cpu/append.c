@@ -56,19 +56,22 @@ static kvc_status check(const kvc_append_args *args) {
     KVC_TRY(kvc_expect_array("append", "pool_tail", &args->pool_tail, KVC_UINT32, 1, (int64_t[]){-1}));
     KVC_TRY(kvc_expect_array("append", "pool_packed", &args->pool_packed, KVC_UINT32, 1, (int64_t[]){-1}));
     KVC_TRY(kvc_expect_array("append", "counts", &args->counts, KVC_INT32, 1, (int64_t[]){2}));
-    if (kvc_given(&args->valid)) KVC_TRY(kvc_expect_array("append", "valid", &args->valid, KVC_INT32, 1, (int64_t[]){b}));
+    if (kvc_given(&args->valid))
+        KVC_TRY(kvc_expect_array("append", "valid", &args->valid, KVC_INT32, 1, (int64_t[]){b}));
     KVC_CHECK(kvc_bits_ok(args->k_bits) && kvc_bits_ok(args->v_bits), KVC_EINVAL,
               "append: bits: expected 2, 3, 4, 8 or 16, got K %d, V %d", args->k_bits, args->v_bits);
-    KVC_CHECK(args->window >= 0 && args->window <= 1 << 24, KVC_EINVAL, "append: window: expected 0..2^24, got %d", args->window);
+    KVC_CHECK(args->window >= 0 && args->window <= 1 << 24, KVC_EINVAL, "append: window: expected 0..2^24, got %d",
+              args->window);
     KVC_CHECK(q <= 1 << 24, KVC_ESHAPE, "append: keys: expected at most 2^24 new tokens, got %lld", (long long)q);
     KVC_CHECK(args->rotation == KVC_ROTATE_NONE || args->rotation == KVC_ROTATE_HADAMARD, KVC_EINVAL,
               "append: rotation: expected 0 (none) or 1 (hadamard), got %d", args->rotation);
     KVC_CHECK(args->scale >= KVC_SCALE_SIGMA && args->scale <= KVC_SCALE_SEARCH, KVC_EINVAL,
               "append: scale: expected 0 (sigma), 1 (minmax) or 2 (search), got %d", args->scale);
     const int32_t *counts = args->counts.data;
-    KVC_CHECK(counts[0] >= 0 && counts[0] <= args->pool_tail.shape[0] && counts[1] >= 0 && counts[1] <= args->pool_packed.shape[0],
-              KVC_EINVAL, "append: counts: expected 0..%lld and 0..%lld, got %d and %d", (long long)args->pool_tail.shape[0],
-              (long long)args->pool_packed.shape[0], counts[0], counts[1]);
+    KVC_CHECK(counts[0] >= 0 && counts[0] <= args->pool_tail.shape[0] && counts[1] >= 0 &&
+                  counts[1] <= args->pool_packed.shape[0],
+              KVC_EINVAL, "append: counts: expected 0..%lld and 0..%lld, got %d and %d",
+              (long long)args->pool_tail.shape[0], (long long)args->pool_packed.shape[0], counts[0], counts[1]);
     const int64_t tail_bytes = kvc_page_bytes(&args->layout, 16, 16);
     const int64_t packed_bytes = kvc_page_bytes(&args->layout, args->k_bits, args->v_bits);
     /* Lists run one after the other, so what the first gives back serves the next: walk as the operation will. */
@@ -78,12 +81,14 @@ static kvc_status check(const kvc_append_args *args) {
         const int valid = valid_of(args, i / h);
         KVC_CHECK(valid >= 0 && valid <= q, KVC_EINVAL, "append: valid: expected 0..%lld, got %d", (long long)q, valid);
         const int64_t tail_pages = ((int64_t)list->tail_tokens + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS;
-        KVC_CHECK(list->pages >= 0 && list->tail_page >= 0 && list->tail_tokens >= 0 && list->pages <= args->table.shape[1] &&
-                      list->tail_page + tail_pages == list->pages && list->tokens >= list->tail_tokens,
-                  KVC_EINVAL, "append: lists: expected a consistent state, got pages %d, tail_page %d, tail_tokens %d in list %lld",
+        KVC_CHECK(list->pages >= 0 && list->tail_page >= 0 && list->tail_tokens >= 0 &&
+                      list->pages <= args->table.shape[1] && list->tail_page + tail_pages == list->pages &&
+                      list->tokens >= list->tail_tokens,
+                  KVC_EINVAL,
+                  "append: lists: expected a consistent state, got pages %d, tail_page %d, tail_tokens %d in list %lld",
                   list->pages, list->tail_page, list->tail_tokens, (long long)i);
-        KVC_CHECK(list->tokens <= INT32_MAX - valid, KVC_EINVAL, "append: keys: expected fewer than 2^31 tokens, got %d and %d more",
-                  list->tokens, valid);
+        KVC_CHECK(list->tokens <= INT32_MAX - valid, KVC_EINVAL,
+                  "append: keys: expected fewer than 2^31 tokens, got %d and %d more", list->tokens, valid);
         int peak, flushes;
         kvc_append_need(list->tail_tokens, valid, args->window, packs(args), &peak, &flushes);
         KVC_CHECK(peak <= tail && flushes <= packed, KVC_EINVAL,
@@ -95,15 +100,16 @@ static kvc_status check(const kvc_append_args *args) {
         packed -= flushes;
         /* The table's row never holds more than the old pages, the flushed ones and the tail's peak. */
         KVC_CHECK((int64_t)list->pages + peak + flushes <= args->table.shape[1], KVC_EINVAL,
-                  "append: table: expected room for %d more pages in list %lld, got capacity %lld with %d in use", peak + flushes,
-                  (long long)i, (long long)args->table.shape[1], list->pages);
+                  "append: table: expected room for %d more pages in list %lld, got capacity %lld with %d in use",
+                  peak + flushes, (long long)i, (long long)args->table.shape[1], list->pages);
         const kvc_page *row = (const kvc_page *)args->table.data + i * args->table.shape[1];
         for (int p = list->tail_page; p < list->pages; p++) {
             const int expected = p + 1 < list->pages ? KVC_TAIL_TOKENS : (list->tail_tokens - 1) % KVC_TAIL_TOKENS + 1;
             KVC_CHECK(row[p].k_bits == 16 && row[p].v_bits == 16 && row[p].tokens == expected &&
                           (int64_t)row[p].unit * KVC_UNIT + tail_bytes <= args->arena.shape[0],
                       KVC_EINVAL,
-                      "append: table: expected a tail page of %d tokens in the arena, got K %d, V %d, %d tokens at unit %u in list %lld",
+                      "append: table: expected a tail page of %d tokens in the arena, got K %d, V %d, %d tokens at "
+                      "unit %u in list %lld",
                       expected, row[p].k_bits, row[p].v_bits, row[p].tokens, row[p].unit, (long long)i);
         }
     }
@@ -113,17 +119,17 @@ static kvc_status check(const kvc_append_args *args) {
     for (int p = 0; p < 2; p++) {
         const uint32_t *units = p ? args->pool_packed.data : args->pool_tail.data;
         for (int32_t i = 0; i < counts[p]; i++)
-            KVC_CHECK((int64_t)units[i] * KVC_UNIT + (p ? packed_bytes : tail_bytes) <= args->arena.shape[0], KVC_EINVAL,
-                      "append: pool: expected pages inside the arena's %lld bytes, got unit %u", (long long)args->arena.shape[0],
-                      units[i]);
+            KVC_CHECK((int64_t)units[i] * KVC_UNIT + (p ? packed_bytes : tail_bytes) <= args->arena.shape[0],
+                      KVC_EINVAL, "append: pool: expected pages inside the arena's %lld bytes, got unit %u",
+                      (long long)args->arena.shape[0], units[i]);
     }
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = q - valid_of(args, i / h); j < q; j++)
             for (int half = 0; half < 2; half++) {
                 const kvc_tensor *rows = half ? &args->values : &args->keys;
                 KVC_CHECK(kvc_row_finite(kvc_at(rows, i / h, i % h, j), rows->dtype, d), KVC_EINVAL,
-                          "append: %s: expected finite values, got NaN or Inf in row %lld of list %lld", half ? "values" : "keys",
-                          (long long)j, (long long)i);
+                          "append: %s: expected finite values, got NaN or Inf in row %lld of list %lld",
+                          half ? "values" : "keys", (long long)j, (long long)i);
             }
     return KVC_OK;
 }
@@ -168,7 +174,8 @@ static void write_row(uint8_t *page, const kvc_layout *layout, int half, int j, 
                      kvc_float_to_half(row[c], layout->half));
 }
 
-static void append_token(const kvc_append_args *args, kvc_list *list, kvc_page *row, int64_t sequence, int64_t head, int64_t i) {
+static void append_token(const kvc_append_args *args, kvc_list *list, kvc_page *row, int64_t sequence, int64_t head,
+                         int64_t i) {
     const int d = args->layout.head_dim, place = list->tail_tokens % KVC_TAIL_TOKENS;
     if (place == 0) {
         int32_t *counts = args->counts.data;

@@ -29,8 +29,8 @@ const kvc_attend_tile *kvc_attend_tiles(void) {
     __builtin_cpu_init();
     if ((wide || strcmp(limit, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         found = &kvc_attend_tile_avx2;
-    if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+    if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         found = &kvc_attend_tile_avx512;
 #endif
     return best = found;
@@ -47,7 +47,8 @@ static int64_t chunks_of(int64_t pages) { return pages < 1 ? 1 : (pages + CHUNK 
 static int64_t blocks_of(int64_t group, int64_t q) { return (group * q + KVC_BLOCK - 1) / KVC_BLOCK; }
 
 int64_t kvc_attend_workspace(int64_t n, int64_t pages, int64_t group, int64_t q, int32_t head_dim) {
-    const int64_t factors[] = {chunks_of(pages), blocks_of(group, q), KVC_BLOCK * (head_dim + 2) * (int64_t)sizeof(float)};
+    const int64_t factors[] = {chunks_of(pages), blocks_of(group, q),
+                               KVC_BLOCK * (head_dim + 2) * (int64_t)sizeof(float)};
     for (int i = 0; i < 3; i++)
         if (__builtin_mul_overflow(n, factors[i], &n)) return INT64_MAX;
     return n;
@@ -158,7 +159,8 @@ static void attend_item(void *context, int64_t item) {
     const int64_t block = item % j->blocks, chunk = item / j->blocks % j->chunks, list = item / j->blocks / j->chunks;
     const int d = j->args->layout.head_dim;
     const kvc_page *row = row_at(j, list);
-    const int first = (int)chunk * CHUNK, pages = list_at(j, list)->pages, end = first + CHUNK < pages ? first + CHUNK : pages;
+    const int first = (int)chunk * CHUNK, pages = list_at(j, list)->pages,
+              end = first + CHUNK < pages ? first + CHUNK : pages;
     float *out = partial_at(j, list, chunk, block);
     scratch s;
     int64_t seen[KVC_BLOCK];
@@ -255,43 +257,57 @@ static kvc_status check(const kvc_attend_args *args, job *j) {
     if (kvc_given(&args->new_tokens))
         KVC_TRY(kvc_expect_array("attend", "new_tokens", &args->new_tokens, KVC_INT32, 1, (int64_t[]){b}));
     const int64_t h = b > 0 ? n / b : 0;
-    KVC_CHECK(b == 0 ? n == 0 : n == b * h && (h == 0 ? hq == 0 : hq % h == 0), KVC_ESHAPE,
-              "attend: queries: expected the %lld lists to divide (b, hq, q, d) with hq a multiple of the KV heads, got %s",
-              (long long)n, kvc_shape_text(&args->queries));
+    KVC_CHECK(
+        b == 0 ? n == 0 : n == b * h && (h == 0 ? hq == 0 : hq % h == 0), KVC_ESHAPE,
+        "attend: queries: expected the %lld lists to divide (b, hq, q, d) with hq a multiple of the KV heads, got %s",
+        (long long)n, kvc_shape_text(&args->queries));
     KVC_CHECK(args->rotation == KVC_ROTATE_NONE || args->rotation == KVC_ROTATE_HADAMARD, KVC_EINVAL,
               "attend: rotation: expected 0 (none) or 1 (hadamard), got %d", args->rotation);
-    KVC_CHECK(args->scale > 0.0f && isfinite(args->scale), KVC_EINVAL, "attend: scale: expected a positive number, got %g",
-              (double)args->scale);
-    KVC_CHECK(args->softcap >= 0.0f && isfinite(args->softcap), KVC_EINVAL, "attend: softcap: expected 0 or a positive number, got %g",
-              (double)args->softcap);
+    KVC_CHECK(args->scale > 0.0f && isfinite(args->scale), KVC_EINVAL,
+              "attend: scale: expected a positive number, got %g", (double)args->scale);
+    KVC_CHECK(args->softcap >= 0.0f && isfinite(args->softcap), KVC_EINVAL,
+              "attend: softcap: expected 0 or a positive number, got %g", (double)args->softcap);
     int64_t most_pages = 0;
     for (int64_t i = 0; i < n; i++) {
         const kvc_list *list = (const kvc_list *)args->lists.data + i;
         const kvc_page *row = (const kvc_page *)args->table.data + i * capacity;
-        KVC_CHECK(list->pages >= 0 && list->pages <= capacity, KVC_EINVAL, "attend: lists: expected 0..%lld pages, got %d in list %lld",
-                  (long long)capacity, list->pages, (long long)i);
+        KVC_CHECK(list->pages >= 0 && list->pages <= capacity, KVC_EINVAL,
+                  "attend: lists: expected 0..%lld pages, got %d in list %lld", (long long)capacity, list->pages,
+                  (long long)i);
         int64_t tokens = 0;
         for (int p = 0; p < list->pages; p++) {
             const kvc_page page = row[p];
             KVC_CHECK(kvc_bits_ok(page.k_bits) && kvc_bits_ok(page.v_bits) &&
                           page.tokens <= kvc_page_tokens(page.k_bits, page.v_bits) &&
-                          (int64_t)page.unit * KVC_UNIT + kvc_page_bytes(&args->layout, page.k_bits, page.v_bits) <= args->arena.shape[0],
-                      KVC_EINVAL, "attend: table: expected a valid page, got K %d, V %d bits, %d tokens at unit %u in list %lld",
+                          (int64_t)page.unit * KVC_UNIT + kvc_page_bytes(&args->layout, page.k_bits, page.v_bits) <=
+                              args->arena.shape[0],
+                      KVC_EINVAL,
+                      "attend: table: expected a valid page, got K %d, V %d bits, %d tokens at unit %u in list %lld",
                       page.k_bits, page.v_bits, page.tokens, page.unit, (long long)i);
             tokens += page.tokens;
         }
-        KVC_CHECK(tokens == list->tokens, KVC_EINVAL, "attend: lists: expected %lld tokens as in the pages, got %d in list %lld",
-                  (long long)tokens, list->tokens, (long long)i);
+        KVC_CHECK(tokens == list->tokens, KVC_EINVAL,
+                  "attend: lists: expected %lld tokens as in the pages, got %d in list %lld", (long long)tokens,
+                  list->tokens, (long long)i);
         const int64_t added = kvc_given(&args->new_tokens) ? ((const int32_t *)args->new_tokens.data)[i / h] : q;
-        KVC_CHECK(added >= 0 && added <= q, KVC_EINVAL, "attend: new_tokens: expected 0..%lld, got %lld", (long long)q, (long long)added);
+        KVC_CHECK(added >= 0 && added <= q, KVC_EINVAL, "attend: new_tokens: expected 0..%lld, got %lld", (long long)q,
+                  (long long)added);
         if (kvc_given(&args->mass))
             KVC_CHECK(args->mass.ndim == 2 && tokens <= args->mass.shape[1], KVC_ESHAPE,
-                      "attend: mass: expected (%lld, %lld or more), got %s", (long long)n, (long long)tokens, kvc_shape_text(&args->mass));
+                      "attend: mass: expected (%lld, %lld or more), got %s", (long long)n, (long long)tokens,
+                      kvc_shape_text(&args->mass));
         if (list->pages > most_pages) most_pages = list->pages;
     }
-    if (kvc_given(&args->mass)) KVC_TRY(kvc_expect_array("attend", "mass", &args->mass, KVC_FLOAT32, 2, (int64_t[]){n, -1}));
-    *j = (job){.args = args, .tile = kvc_attend_tiles(), .heads = h, .group = h ? hq / h : 0, .q = q,
-               .chunks = chunks_of(most_pages), .blocks = h ? blocks_of(hq / h, q) : 0, .partial = args->workspace.data};
+    if (kvc_given(&args->mass))
+        KVC_TRY(kvc_expect_array("attend", "mass", &args->mass, KVC_FLOAT32, 2, (int64_t[]){n, -1}));
+    *j = (job){.args = args,
+               .tile = kvc_attend_tiles(),
+               .heads = h,
+               .group = h ? hq / h : 0,
+               .q = q,
+               .chunks = chunks_of(most_pages),
+               .blocks = h ? blocks_of(hq / h, q) : 0,
+               .partial = args->workspace.data};
     return kvc_expect_workspace("attend", &args->workspace, kvc_attend_workspace(n, most_pages, j->group, q, d));
 }
 

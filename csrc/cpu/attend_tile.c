@@ -1,8 +1,9 @@
 /* attend_tile.c: attention over one page at a time, on codes decoded in registers. Built once per instruction set with
  * KVC_ISA=base|avx2|avx512; 16-float vectors are the compiler's, so the code is the same for all.
  *
- * A row of a channel tile is the 16 words that lanes 4*r .. 4*r+3 hold for the four token tiles: vector element 4*c + t.
- * It decodes to eight vectors, one per element e: 128 codes from at most 16 words, each used by every query at once. */
+ * A row of a channel tile is the 16 words that lanes 4*r .. 4*r+3 hold for the four token tiles: vector element
+ * 4*c + t. It decodes to eight vectors, one per element e: 128 codes from at most 16 words, each used by every query at
+ * once. */
 #include "cpu/attend_tile.h"
 
 #include <math.h>
@@ -149,7 +150,7 @@ static void end(const kvc_attend_block *block, float *rows) {
         }
 }
 
-/* Asks for the part-th of `parts` pieces of the next page: rows are read with a stride that hardware does not foresee. */
+/* Asks for the part-th of `parts` pieces of the next page: hardware does not foresee the stride that rows lie in. */
 INLINE void fetch(const kvc_attend_page *page, int part, int parts) {
     const int64_t lines = page->next_bytes / 64, end = lines * (part + 1) / parts;
     for (int64_t i = lines * part / parts; i < end; i++) __builtin_prefetch(page->next + 64 * i, 0, 2);
@@ -157,8 +158,8 @@ INLINE void fetch(const kvc_attend_page *page, int part, int parts) {
 
 /* ---- K */
 
-INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page, float (*scores)[KVC_PAGE_TOKENS], int bits,
-                      int room, int n) {
+INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page, float (*scores)[KVC_PAGE_TOKENS],
+                      int bits, int room, int n) {
     const kvc_layout *layout = block->layout;
     const uint32_t *words[4];
     for (int i = 0; i < 4; i++) words[i] = (const uint32_t *)page->bytes[i];
@@ -176,7 +177,8 @@ INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page
                 vf code[8];
                 decode_row(code, words, bits, room, layout->half, ct, r);
                 for (int e = 0; e < 8; e++)
-                    for (int q = 0; q < n; q++) sum[e >> 2][q] += code[e] * load(block->query + ((ct * 4 + (e & 3)) * n + q) * V);
+                    for (int q = 0; q < n; q++)
+                        sum[e >> 2][q] += code[e] * load(block->query + ((ct * 4 + (e & 3)) * n + q) * V);
             }
             /* over c: token 16*t + r + 8*i is element 4*(r>>1) + t of vector 2*(r&1) + i */
             for (int i = 0; i < 2; i++)
@@ -210,19 +212,23 @@ static const vi token_order[4] = {
     {9, 25, 41, 57, 11, 27, 43, 59, 13, 29, 45, 61, 15, 31, 47, 63},
 };
 
-INLINE void scores_n(const kvc_attend_block *block, const kvc_attend_page *page, float (*scores)[KVC_PAGE_TOKENS], int n) {
+INLINE void scores_n(const kvc_attend_block *block, const kvc_attend_page *page, float (*scores)[KVC_PAGE_TOKENS],
+                     int n) {
     switch (page->k_bits) {
     case 2: scores_of(block, page, scores, 2, KVC_PAGE_TOKENS, n); break;
     case 3: scores_of(block, page, scores, 3, KVC_PAGE_TOKENS, n); break;
     case 4: scores_of(block, page, scores, 4, KVC_PAGE_TOKENS, n); break;
     case 8: scores_of(block, page, scores, 8, KVC_PAGE_TOKENS, n); break;
     default:
-        if (page->room == KVC_PAGE_TOKENS) scores_of(block, page, scores, 16, KVC_PAGE_TOKENS, n);
-        else scores_of(block, page, scores, 16, KVC_TAIL_TOKENS, n);
+        if (page->room == KVC_PAGE_TOKENS)
+            scores_of(block, page, scores, 16, KVC_PAGE_TOKENS, n);
+        else
+            scores_of(block, page, scores, 16, KVC_TAIL_TOKENS, n);
     }
     for (int q = 0; q < n; q++) {
         if (block->softcap > 0.0f)
-            for (int i = 0; i < KVC_PAGE_TOKENS; i++) scores[q][i] = block->softcap * tanhf(scores[q][i] / block->softcap);
+            for (int i = 0; i < KVC_PAGE_TOKENS; i++)
+                scores[q][i] = block->softcap * tanhf(scores[q][i] / block->softcap);
         if (page->visible[q] >= KVC_PAGE_TOKENS) continue;
         for (int e = 0; e < 4; e++) {
             vf *s = (vf *)scores[q] + e;
@@ -274,7 +280,8 @@ INLINE float largest(const float *scores) {
     memcpy(quarter, &m, sizeof quarter);
     for (int i = 2; i > 0; i /= 2)
         for (int j = 0; j < i; j++)
-            for (int k = 0; k < 4; k++) quarter[j][k] = quarter[j + i][k] > quarter[j][k] ? quarter[j + i][k] : quarter[j][k];
+            for (int k = 0; k < 4; k++)
+                quarter[j][k] = quarter[j + i][k] > quarter[j][k] ? quarter[j + i][k] : quarter[j][k];
     float most = quarter[0][0];
     for (int k = 1; k < 4; k++) most = quarter[0][k] > most ? quarter[0][k] : most;
     return most;
@@ -286,8 +293,8 @@ static void probabilities(float most, float *scores) {
 
 /* ---- V */
 
-INLINE void values_of(kvc_attend_block *block, const kvc_attend_page *page, float (*p)[KVC_PAGE_TOKENS], int bits, int room,
-                      int n) {
+INLINE void values_of(kvc_attend_block *block, const kvc_attend_page *page, float (*p)[KVC_PAGE_TOKENS], int bits,
+                      int room, int n) {
     const kvc_layout *layout = block->layout;
     const uint32_t *words[4];
     for (int i = 0; i < 4; i++)
@@ -358,8 +365,10 @@ INLINE void values_n(kvc_attend_block *block, const kvc_attend_page *page, float
     case 4: values_of(block, page, p, 4, KVC_PAGE_TOKENS, n); break;
     case 8: values_of(block, page, p, 8, KVC_PAGE_TOKENS, n); break;
     default:
-        if (page->room == KVC_PAGE_TOKENS) values_of(block, page, p, 16, KVC_PAGE_TOKENS, n);
-        else values_of(block, page, p, 16, KVC_TAIL_TOKENS, n);
+        if (page->room == KVC_PAGE_TOKENS)
+            values_of(block, page, p, 16, KVC_PAGE_TOKENS, n);
+        else
+            values_of(block, page, p, 16, KVC_TAIL_TOKENS, n);
     }
 }
 

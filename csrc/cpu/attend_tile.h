@@ -6,19 +6,19 @@
 #pragma once
 #include "core/core.h"
 
-#define KVC_BLOCK 4                                /* queries */
-#define KVC_GROUPS (KVC_MAX_HEAD_DIM / KVC_TILE)   /* most scale groups */
+#define KVC_BLOCK 4                              /* queries */
+#define KVC_GROUPS (KVC_MAX_HEAD_DIM / KVC_TILE) /* most scale groups */
 
 typedef struct {
     const kvc_layout *layout;
-    int queries;                      /* 1, 2 or 4: rows of what follows, the last ones may be padding */
+    int queries; /* 1, 2 or 4: rows of what follows, the last ones may be padding */
     float softcap;
-    float sum[KVC_GROUPS][KVC_BLOCK]; /* of the scaled query over each group of channels */
-    float most[KVC_BLOCK];            /* the logit that probabilities are relative to */
-    float total[KVC_BLOCK];           /* sum of probabilities */
+    float sum[KVC_GROUPS][KVC_BLOCK];  /* of the scaled query over each group of channels */
+    float most[KVC_BLOCK];             /* the logit that probabilities are relative to */
+    float total[KVC_BLOCK];            /* sum of probabilities */
     float bias[KVC_GROUPS][KVC_BLOCK]; /* what zeros and middles add to every channel of a group */
-    float *query;                     /* [d/16][4][queries][16], 64-aligned: scaled, spread as the K codes lie */
-    float *sums;                      /* [d][queries][16], 64-aligned: partial sums of the output */
+    float *query;                      /* [d/16][4][queries][16], 64-aligned: scaled, spread as the K codes lie */
+    float *sums;                       /* [d][queries][16], 64-aligned: partial sums of the output */
 } kvc_attend_block;
 
 typedef struct {
@@ -35,7 +35,8 @@ typedef struct {
     /* Rounds `rows` (queries, d) of scaled, rotated queries into the block and clears its sums. */
     void (*begin)(kvc_attend_block *block, const float *rows);
     /* Logits of one page, softcap included, -INFINITY where not visible. */
-    void (*scores)(const kvc_attend_block *block, const kvc_attend_page *page, float scores[KVC_BLOCK][KVC_PAGE_TOKENS]);
+    void (*scores)(const kvc_attend_block *block, const kvc_attend_page *page,
+                   float scores[KVC_BLOCK][KVC_PAGE_TOKENS]);
     /* One page of softmax and values, from its scores (overwritten by probabilities). */
     void (*values)(kvc_attend_block *block, const kvc_attend_page *page, float scores[KVC_BLOCK][KVC_PAGE_TOKENS]);
     /* Unnormalized output rows (queries, d). */

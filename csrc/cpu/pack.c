@@ -9,9 +9,7 @@
 
 #define T KVC_TILE
 
-static const float sigma_steps[5] = {[2] = 0.996f, [3] = 0.586f, [4] = 0.335f};
-static const float sigma_factors[] = {1.0f, 0.8f, 0.9f, 1.12f, 1.25f, 1.4f};
-static const float minmax_factors[] = {1.0f, 0.9f, 0.8f, 0.7f};
+static const float search_factors[KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS] = KVC_SEARCH_FACTORS;
 
 /* As ternaries: they vectorize, and which of two zeros or equals comes out is part of the contract (the second). */
 static inline float least_of(float a, float b) { return a < b ? a : b; }
@@ -84,14 +82,15 @@ static void encode(float (*code)[T], float (*x)[T], int n, int bits, const affin
         }
 }
 
-static void encode_stochastic(float (*code)[T], float (*x)[T], int n, int bits, const affine *a, int first_channel, int half,
-                              const uint32_t *numbers, const kvc_rounding *r) {
+static void encode_stochastic(float (*code)[T], float (*x)[T], int n, int bits, const affine *a, int first_channel,
+                              int half, const uint32_t *numbers, const kvc_rounding *r) {
     const float mid = kvc_mid(bits), most = (float)((1 << bits) - 1);
     for (int j = 0; j < T; j++) {
         const float inverse = a->scale[j] > 0.0f ? 1.0f / a->scale[j] : 0.0f;
         for (int c = 0; c < n; c += 4) {
             float u[4];
-            kvc_philox_uniform4(u, r->seed, r->layer, r->list, 2 * numbers[j] + (uint32_t)half, (uint32_t)(first_channel + c) / 4);
+            kvc_philox_uniform4(u, r->seed, r->layer, r->list, 2 * numbers[j] + (uint32_t)half,
+                                (uint32_t)(first_channel + c) / 4);
             for (int i = 0; i < 4; i++) {
                 const float v = (x[c + i][j] - a->zero[j]) * inverse + mid;
                 code[c + i][j] = floorf(clamped(v + u[i], 0.0f, most));
@@ -132,7 +131,7 @@ static void fit_sigma(affine *out, float (*x)[T], int n, int bits, int zero_poin
     tree_sum(variance, scratch, n);
     for (int j = 0; j < T; j++) {
         out->zero[j] = mean[j];
-        out->scale[j] = sigma_steps[bits] * sqrtf(variance[j] / (float)n);
+        out->scale[j] = kvc_sigma_step(bits) * sqrtf(variance[j] / (float)n);
     }
 }
 
@@ -144,35 +143,33 @@ static void store_precision(affine *a) {
 }
 
 static void search(affine *best, float (*x)[T], int n, int bits, int zero_point, float (*scratch)[T]) {
-    affine bases[2];
-    const float *factors[2] = {sigma_factors, minmax_factors};
-    const int counts[2] = {sizeof sigma_factors / sizeof(float), sizeof minmax_factors / sizeof(float)};
+    const int first = bits < 8 ? 0 : KVC_SIGMA_FACTORS;
+    const float mid = kvc_mid(bits);
     float least[T];
+    affine base;
     for (int j = 0; j < T; j++) least[j] = INFINITY;
     *best = (affine){0};
-    if (bits < 8) fit_sigma(&bases[0], x, n, bits, zero_point, scratch);
-    fit_minmax(&bases[1], x, n, bits, zero_point);
-    for (int base = bits < 8 ? 0 : 1; base < 2; base++)
-        for (int f = 0; f < counts[base]; f++) {
-            affine trial = bases[base];
-            for (int j = 0; j < T; j++) trial.scale[j] *= factors[base][f];
-            store_precision(&trial);
-            encode(scratch, x, n, bits, &trial);
-            const float mid = kvc_mid(bits);
-            for (int c = 0; c < n; c++)
-                for (int j = 0; j < T; j++) {
-                    const float error = trial.zero[j] + trial.scale[j] * (scratch[c][j] - mid) - x[c][j];
-                    scratch[c][j] = error * error;
-                }
-            float errors[T];
-            tree_sum(errors, scratch, n);
-            for (int j = 0; j < T; j++)
-                if (errors[j] < least[j]) {
-                    least[j] = errors[j];
-                    best->scale[j] = trial.scale[j];
-                    best->zero[j] = trial.zero[j];
-                }
-        }
+    if (first == 0) fit_sigma(&base, x, n, bits, zero_point, scratch);
+    for (int f = first; f < KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS; f++) {
+        if (f == KVC_SIGMA_FACTORS) fit_minmax(&base, x, n, bits, zero_point);
+        affine trial = base;
+        for (int j = 0; j < T; j++) trial.scale[j] *= search_factors[f];
+        store_precision(&trial);
+        encode(scratch, x, n, bits, &trial);
+        for (int c = 0; c < n; c++)
+            for (int j = 0; j < T; j++) {
+                const float error = trial.zero[j] + trial.scale[j] * (scratch[c][j] - mid) - x[c][j];
+                scratch[c][j] = error * error;
+            }
+        float errors[T];
+        tree_sum(errors, scratch, n);
+        for (int j = 0; j < T; j++)
+            if (errors[j] < least[j]) {
+                least[j] = errors[j];
+                best->scale[j] = trial.scale[j];
+                best->zero[j] = trial.zero[j];
+            }
+    }
 }
 
 /* Where a half begins in its page, and its scales in the half. */
@@ -198,13 +195,15 @@ void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, i
     } else {
         uint16_t *scales = (uint16_t *)(at + kvc_code_bytes(layout, bits, room));
         for (int g = 0; g < d / layout->group; g++) {
-            float(*rows)[T] = x + g * layout->group;
+            float (*rows)[T] = x + g * layout->group;
             affine a;
             if (r->scale == KVC_SCALE_SEARCH) {
                 search(&a, rows, layout->group, bits, layout->zero_point, scratch);
             } else {
-                if (r->scale == KVC_SCALE_MINMAX || bits >= 8) fit_minmax(&a, rows, layout->group, bits, layout->zero_point);
-                else fit_sigma(&a, rows, layout->group, bits, layout->zero_point, scratch);
+                if (r->scale == KVC_SCALE_MINMAX || bits >= 8)
+                    fit_minmax(&a, rows, layout->group, bits, layout->zero_point);
+                else
+                    fit_sigma(&a, rows, layout->group, bits, layout->zero_point, scratch);
                 store_precision(&a);
             }
             if (r->stochastic)
@@ -225,11 +224,13 @@ void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, i
         for (int lane = 0; lane < 32; lane++)
             for (int e = 0; e < 8; e++) {
                 const kvc_place place = {ct, tile, lane, e};
-                kvc_code_set(words, bits, room, place, halves[ct * T + channel_of(half, lane, e)][token_of(half, lane, e)]);
+                kvc_code_set(words, bits, room, place,
+                             halves[ct * T + channel_of(half, lane, e)][token_of(half, lane, e)]);
             }
 }
 
-void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int half, int tile, const kvc_layout *layout) {
+void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int half, int tile,
+                   const kvc_layout *layout) {
     const int d = layout->head_dim, bits = half ? v_bits : k_bits, room = kvc_page_tokens(k_bits, v_bits);
     const uint8_t *at = half_at(page, layout, k_bits, v_bits, half);
     for (int ct = 0; ct < d / T; ct++)

@@ -17,19 +17,19 @@ static kvc_status check_pages(const char *op, const kvc_tensor *arena, const kvc
         const kvc_page page = ((const kvc_page *)pages->data)[i];
         const int32_t list = ((const int32_t *)lists->data)[i], first = ((const int32_t *)start->data)[i];
         KVC_CHECK(kvc_bits_ok(page.k_bits) && kvc_bits_ok(page.v_bits), KVC_EINVAL,
-                  "%s: pages: expected 2, 3, 4, 8 or 16 bits, got K %d, V %d in page %lld", op, page.k_bits, page.v_bits,
-                  (long long)i);
+                  "%s: pages: expected 2, 3, 4, 8 or 16 bits, got K %d, V %d in page %lld", op, page.k_bits,
+                  page.v_bits, (long long)i);
         const int room = kvc_page_tokens(page.k_bits, page.v_bits);
-        KVC_CHECK(page.tokens <= room, KVC_EINVAL, "%s: pages: expected at most %d tokens, got %d in page %lld", op, room,
-                  page.tokens, (long long)i);
+        KVC_CHECK(page.tokens <= room, KVC_EINVAL, "%s: pages: expected at most %d tokens, got %d in page %lld", op,
+                  room, page.tokens, (long long)i);
         KVC_CHECK((int64_t)page.unit * KVC_UNIT + kvc_page_bytes(layout, page.k_bits, page.v_bits) <= arena->shape[0],
                   KVC_EINVAL, "%s: pages: expected pages inside the arena's %lld bytes, got page %lld at byte %lld", op,
                   (long long)arena->shape[0], (long long)i, (long long)page.unit * KVC_UNIT);
         KVC_CHECK(list >= 0 && list < list_count, KVC_EINVAL, "%s: lists: expected 0..%lld, got %d", op,
                   (long long)list_count - 1, list);
         KVC_CHECK(first >= 0 && (int64_t)first + page.tokens <= tokens->shape[0], KVC_EINVAL,
-                  "%s: start: expected indices inside the %lld tokens, got %d and %d more", op, (long long)tokens->shape[0],
-                  first, page.tokens);
+                  "%s: start: expected indices inside the %lld tokens, got %d and %d more", op,
+                  (long long)tokens->shape[0], first, page.tokens);
         for (int j = 0; j < page.tokens; j++) {
             const int32_t token = ((const int32_t *)tokens->data)[first + j];
             KVC_CHECK(token >= 0 && token < rows->shape[2], KVC_EINVAL, "%s: tokens: expected 0..%lld, got %d", op,
@@ -62,9 +62,10 @@ static kvc_status check_finite(const kvc_pack_args *args) {
         for (int j = 0; j < ((const kvc_page *)args->pages.data)[i].tokens; j++)
             for (int half = 0; half < 2; half++) {
                 const kvc_tensor *rows = half ? &args->values : &args->keys;
-                KVC_CHECK(kvc_row_finite(kvc_at(rows, list / heads, list % heads, tokens[j]), rows->dtype, rows->shape[3]),
-                          KVC_EINVAL, "pack: %s: expected finite values, got NaN or Inf in token %d of list %d",
-                          half ? "values" : "keys", tokens[j], list);
+                KVC_CHECK(
+                    kvc_row_finite(kvc_at(rows, list / heads, list % heads, tokens[j]), rows->dtype, rows->shape[3]),
+                    KVC_EINVAL, "pack: %s: expected finite values, got NaN or Inf in token %d of list %d",
+                    half ? "values" : "keys", tokens[j], list);
             }
     }
     return KVC_OK;

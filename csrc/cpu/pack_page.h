@@ -20,8 +20,9 @@ void kvc_row_rotate(float *x, int d);
 void kvc_tile_clamp(kvc_tile x, int d);
 
 /* Half (0: K, 1: V) of the page at `page`: writes its tile `tile` of `bits` codes and scales. The half's words must be
- * zero before its first tile. Tokens from `valid` on are written as zero bytes. numbers[j]: token j's number for Philox. */
+ * zero before its first tile. Tokens from `valid` on become zero bytes. numbers[j]: token j's number for Philox. */
 void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x,
                     const uint32_t *numbers, const kvc_rounding *rounding);
 /* The tile's values, as stored (rotated where they were). */
-void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int half, int tile, const kvc_layout *layout);
+void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int half, int tile,
+                   const kvc_layout *layout);

@@ -61,13 +61,12 @@ typedef struct {
 /* ---- workspace */
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int64_t sorters(int64_t n) { return n < SORTERS ? n : SORTERS; }
 
 int64_t kvc_plan_workspace(int64_t n, int64_t s) {
     const double rough = (double)n * ((double)s * 5.0 + 1024.0 + sizeof(list)) + SORTERS * 16.0 * (double)s;
     if (rough > 0x1p61) return INT64_MAX;
-    const int64_t runs = n * ceil_div(s, RUN);
+    const int64_t runs = n * kvc_ceil_div(s, RUN);
     return aligned(n * (int64_t)sizeof(list)) + aligned(runs * (int64_t)sizeof(double)) + aligned(runs) +
            aligned(n * s * (int64_t)sizeof(int32_t)) + aligned(runs * (int64_t)sizeof(step)) +
            sorters(n) * 2 * s * (int64_t)sizeof(uint64_t);
@@ -128,7 +127,7 @@ static void rank_lists(void *context, int64_t slot) {
         }
         const uint64_t *ranked = rank(pairs, count, j->s);
         double *weight = j->weight + i * j->most_runs;
-        memset(weight, 0, (size_t)ceil_div(count, RUN) * sizeof(double));
+        memset(weight, 0, (size_t)kvc_ceil_div(count, RUN) * sizeof(double));
         for (int64_t at = 0; at < count; at++) {
             const int32_t token = (int32_t)(uint32_t)ranked[at];
             j->order[i * j->s + at] = token;
@@ -253,7 +252,7 @@ static int best_of(const list *l, int64_t run, int level) {
 static int least_of(const list *l, int64_t run) { return run < l->required ? l->least : 0; }
 
 static int64_t fixed_bytes(const job *j, const list *l) {
-    return (ceil_div(l->sinks, KVC_TAIL_TOKENS) + ceil_div(l->window, KVC_TAIL_TOKENS)) * j->tail_bytes +
+    return (kvc_ceil_div(l->sinks, KVC_TAIL_TOKENS) + kvc_ceil_div(l->window, KVC_TAIL_TOKENS)) * j->tail_bytes +
            j->args->list_bytes;
 }
 
@@ -276,7 +275,7 @@ static void account(const job *j, kvc_plan_summary *summary) {
                 summary->bytes += l->bytes[level];
             }
         }
-        const int64_t tail_pages = ceil_div(tail, KVC_TAIL_TOKENS) + ceil_div(l->window, KVC_TAIL_TOKENS);
+        const int64_t tail_pages = kvc_ceil_div(tail, KVC_TAIL_TOKENS) + kvc_ceil_div(l->window, KVC_TAIL_TOKENS);
         summary->kept += l->sinks + l->window;
         summary->pages += tail_pages;
         summary->bytes += tail_pages * j->tail_bytes + j->args->list_bytes;
@@ -460,13 +459,13 @@ static kvc_status read_list(const job *j, int64_t i) {
     }
     const int64_t least = kvc_given(&args->least_tokens) ? ((const int32_t *)args->least_tokens.data)[i] : 0;
     const int64_t guard = kvc_given(&args->guard) ? ((const int32_t *)args->guard.data)[i] : candidates;
-    l->runs = (int32_t)ceil_div(candidates, RUN);
+    l->runs = (int32_t)kvc_ceil_div(candidates, RUN);
     l->last_tokens = (int32_t)(candidates - (int64_t)(l->runs - 1) * RUN);
-    l->required = (int32_t)ceil_div(least < candidates ? least : candidates, RUN);
+    l->required = (int32_t)kvc_ceil_div(least < candidates ? least : candidates, RUN);
     l->guarded = guard >= candidates ? l->runs : (int32_t)(guard / RUN);
     l->last_tail_bytes =
         l->runs == 0 ? 0
-                     : (ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
+                     : (kvc_ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - kvc_ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
                            j->tail_bytes;
     make_levels(j, i, l);
     KVC_CHECK(
@@ -480,7 +479,7 @@ kvc_status kvc_plan_cpu(const kvc_plan_args *args, kvc_stream stream) {
     (void)stream;
     KVC_TRY(check(args));
     job j = {.args = args, .n = args->k_bits.shape[0], .s = args->k_bits.shape[1]};
-    j.most_runs = ceil_div(j.s, RUN);
+    j.most_runs = kvc_ceil_div(j.s, RUN);
     j.tail_bytes = kvc_page_bytes(&args->layout, 16, 16) + args->entry_bytes;
     carve(&j);
     int64_t least = 0, most = 0;

@@ -77,10 +77,9 @@ typedef struct {
     float *sums;         /* [s]: probability by token */
 } head;
 
-static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 static int64_t head_floats(int64_t padded, int64_t s, int64_t d) {
-    return ceil_div(padded * (d + 2 * ceil_div(s, CHUNK) + 2) + s, LANES) * LANES;
+    return kvc_ceil_div(padded * (d + 2 * kvc_ceil_div(s, CHUNK) + 2) + s, LANES) * LANES;
 }
 
 int64_t kvc_score_workspace(int64_t b, int64_t hq, int64_t w, int64_t s, int64_t d) {
@@ -88,7 +87,7 @@ int64_t kvc_score_workspace(int64_t b, int64_t hq, int64_t w, int64_t s, int64_t
         (double)b * (double)hq * 4.0 * (((double)w + ROWS) * ((double)d + (double)s / 128) + (double)s + LANES);
     if (rough > 0x1p61) return INT64_MAX;
     /* A group of g heads needs no more than g heads alone do. */
-    return b * hq * head_floats(ceil_div(w, ROWS) * ROWS, s, d) * (int64_t)sizeof(float);
+    return b * hq * head_floats(kvc_ceil_div(w, ROWS) * ROWS, s, d) * (int64_t)sizeof(float);
 }
 
 static int64_t first_of(const kvc_score_args *args, int64_t b) {
@@ -344,9 +343,9 @@ kvc_status kvc_score_cpu(const kvc_score_args *args, kvc_stream stream) {
              .w = args->queries.shape[2],
              .s = s,
              .d = args->keys.shape[3],
-             .chunks = ceil_div(s, CHUNK)};
+             .chunks = kvc_ceil_div(s, CHUNK)};
     j.dots = dots_for(j.tile);
-    j.padded = ceil_div(j.group * j.w, ROWS) * ROWS;
+    j.padded = kvc_ceil_div(j.group * j.w, ROWS) * ROWS;
     kvc_parallel(b * h, 0, arrange_queries, &j);
     kvc_parallel(b * h * j.chunks, 0, first_pass, &j);
     kvc_parallel(b * h, 0, merge, &j);

@@ -1,15 +1,16 @@
 /* append.h: new K, V rows of every sequence and head -> the lists' 16-bit tails; what has aged is quantized once.
  *
- * For each list and each valid new token, in order: while the tail holds window + 64 tokens or more, its first 64 tokens
- * (four full pages) become one page of class (k_bits, v_bits), and the four pages return to the pool; then the token is
- * rotated, rounded to 16 bit and written behind the last tail token, on a page from the pool where that one is full.
- * With class (16, 16) nothing is ever quantized.
+ * For each list and each valid new token, in order: while the tail holds window + 64 tokens or more, its first 64
+ * tokens (four full pages) become one page of class (k_bits, v_bits), and the four pages return to the pool; then the
+ * token is rotated, rounded to 16 bit and written behind the last tail token, on a page from the pool where that one is
+ * full. With class (16, 16) nothing is ever quantized.
  *
  * Sequences are left-padded: the last valid[b] of the q rows of sequence b are real, the others are not looked at.
  *
  * The pool is two stacks of free pages (units): counts[0] of them for class (16, 16) in pool_tail, counts[1] for class
- * (k_bits, v_bits) in pool_packed. kvc_append_need states how many pages one list takes at most; lists run one after the
- * other, so what one gives back serves the next. pool_tail has room for its own pages and all that the lists' tails hold.
+ * (k_bits, v_bits) in pool_packed. kvc_append_need states how many pages one list takes at most; lists run one after
+ * the other, so what one gives back serves the next. pool_tail has room for its own pages and all that the lists' tails
+ * hold.
  * Errors: ESHAPE, EDTYPE; EINVAL for a pool with too few pages, a full row of the page table, NaN or Inf in a real
  * row. All are found before anything is written. */
 #pragma once
@@ -26,10 +27,10 @@ typedef struct {
     kvc_tensor values;      /* in  (b,h,q,d) */
     kvc_tensor valid;       /* in  (b,) int32, 0..q; left out: q */
     kvc_layout layout;
-    int32_t k_bits, v_bits; /* class of aged tokens */
-    int32_t window;         /* newest tokens that stay at 16 bit, >= 0 */
+    int32_t k_bits, v_bits;                     /* class of aged tokens */
+    int32_t window;                             /* newest tokens that stay at 16 bit, >= 0 */
     int32_t rotation, scale, stochastic, layer; /* as pack.h */
-    uint64_t seed;          /* Philox's token number is the list's running count of tokens */
+    uint64_t seed;                              /* Philox's token number is the list's running count of tokens */
 } kvc_append_args;
 
 typedef kvc_status kvc_append_fn(const kvc_append_args *args, kvc_stream stream);

@@ -13,25 +13,26 @@
  *
  * Bound against fp64 on the unpacked values: |error| <= max|v| * (2e-6 * (1 + ln tokens) + 2e-8 * scale * |q| |k|) for
  * fp32 queries and output; half a unit of the output's type on top otherwise.
- * Errors: ESHAPE, EDTYPE, EINVAL; ENOTSUP for groups not dividing. Workspace: kvc_attend_workspace bytes, 64-aligned. */
+ * Errors: ESHAPE (query heads that are no multiple of the KV heads, too), EDTYPE, EINVAL, ENOTSUP (head_dim).
+ * Workspace: kvc_attend_workspace bytes, 64-aligned. */
 #pragma once
 #include "format.h"
 #include "kvcomp.h"
 
 typedef struct {
-    kvc_tensor out;     /* out (b,hq,q,d) float32 | float16 | bfloat16 */
-    kvc_tensor mass;    /* out (n,m) float32, m >= every list's tokens; optional */
-    kvc_tensor queries; /* in  (b,hq,q,d) float32 | float16 | bfloat16; hq a multiple of h */
-    kvc_tensor arena;   /* in  (bytes,) uint8 */
-    kvc_tensor table;   /* in  (n,c) uint64: kvc_page */
-    kvc_tensor lists;   /* in  (n,4) int32: kvc_list, n = b*h */
+    kvc_tensor out;        /* out (b,hq,q,d) float32 | float16 | bfloat16 */
+    kvc_tensor mass;       /* out (n,m) float32, m >= every list's tokens; optional */
+    kvc_tensor queries;    /* in  (b,hq,q,d) float32 | float16 | bfloat16; hq a multiple of h */
+    kvc_tensor arena;      /* in  (bytes,) uint8 */
+    kvc_tensor table;      /* in  (n,c) uint64: kvc_page */
+    kvc_tensor lists;      /* in  (n,4) int32: kvc_list, n = b*h */
     kvc_tensor new_tokens; /* in (b,) int32, 0..q; left out: q */
     kvc_tensor workspace;  /* (bytes,) uint8 */
     kvc_layout layout;
-    int32_t rotation;   /* kvc_rotation of the pages */
-    float scale;        /* of the logits, > 0, finite */
-    float softcap;      /* 0: none */
-    int32_t threads;    /* 0: as many as kvc_threads() */
+    int32_t rotation; /* kvc_rotation of the pages */
+    float scale;      /* of the logits, > 0, finite */
+    float softcap;    /* 0: none */
+    int32_t threads;  /* 0: as many as kvc_threads() */
 } kvc_attend_args;
 
 typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream);

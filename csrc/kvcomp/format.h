@@ -37,10 +37,10 @@
 #endif
 
 #define KVC_FORMAT_VERSION 1
-#define KVC_TILE 16          /* tokens and channels of a tile */
-#define KVC_PAGE_TOKENS 64   /* of a page of any class but (16, 16) */
-#define KVC_TAIL_TOKENS 16   /* of a page of class (16, 16) */
-#define KVC_UNIT 128         /* bytes; page addresses and sizes are multiples */
+#define KVC_TILE 16        /* tokens and channels of a tile */
+#define KVC_PAGE_TOKENS 64 /* of a page of any class but (16, 16) */
+#define KVC_TAIL_TOKENS 16 /* of a page of class (16, 16) */
+#define KVC_UNIT 128       /* bytes; page addresses and sizes are multiples */
 #define KVC_MAX_HEAD_DIM 256
 
 /* How the pages of one cache are laid out. */
@@ -53,11 +53,11 @@ typedef struct {
 
 /* One entry of a page table, 8 bytes. */
 typedef struct {
-    uint32_t unit;   /* first byte = unit * KVC_UNIT from the arena's base */
+    uint32_t unit; /* first byte = unit * KVC_UNIT from the arena's base */
     uint8_t k_bits;
     uint8_t v_bits;
-    uint8_t tokens;  /* valid tokens, 0..P; the rest of the page is zero bytes */
-    uint8_t flags;   /* 0 */
+    uint8_t tokens; /* valid tokens, 0..P; the rest of the page is zero bytes */
+    uint8_t flags;  /* 0 */
 } kvc_page;
 
 /* The state of one list of pages (one sequence and KV head of a layer), 16 bytes. The tail is the run of class-(16, 16)
@@ -172,7 +172,8 @@ KVC_HD int kvc_code_high_shift(int t, int e) { return 8 * (e & 3) + 4 * (e >> 2)
 /* Reads and writes of single codes: the specification, and slow. `half` is the first word of a K or V half; words must
  * be zero before kvc_code_set. */
 KVC_HD uint32_t kvc_code_get(const uint32_t *half, int bits, int page_tokens, kvc_place p) {
-    const int w = kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
+    const int w =
+        kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
     const uint32_t mask = bits == 3 ? 3u : (1u << bits) - 1u;
     uint32_t code = half[w] >> kvc_code_shift(bits, p.tile, p.element) & mask;
     if (bits == 3) {
@@ -183,7 +184,8 @@ KVC_HD uint32_t kvc_code_get(const uint32_t *half, int bits, int page_tokens, kv
 }
 
 KVC_HD void kvc_code_set(uint32_t *half, int bits, int page_tokens, kvc_place p, uint32_t code) {
-    const int w = kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
+    const int w =
+        kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
     half[w] |= (bits == 3 ? code & 3u : code) << kvc_code_shift(bits, p.tile, p.element);
     if (bits == 3) {
         const int high = kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, 2);

@@ -5,8 +5,7 @@
 #include <string.h>
 
 typedef struct {
-    PyObject_HEAD
-    kvc_arena *arena;
+    PyObject_HEAD kvc_arena *arena;
 } ArenaObject;
 
 static PyTypeObject *arena_type;
@@ -19,7 +18,8 @@ static PyObject *arena_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
         PyErr_SetString(PyExc_TypeError, "arena: expected at most one positional argument, reserve_bytes");
         return NULL;
     }
-    if (given == 1 && frame_int(&frame, PyTuple_GetItem(arguments, 0), "reserve_bytes", 1, INT64_MAX, &bytes)) return NULL;
+    if (given == 1 && frame_int(&frame, PyTuple_GetItem(arguments, 0), "reserve_bytes", 1, INT64_MAX, &bytes))
+        return NULL;
     kvc_arena *arena;
     const kvc_status status = kvc_arena_create(bytes, &arena);
     if (status != KVC_OK) return raise_status(status);
@@ -116,8 +116,12 @@ static PyObject *arena_used(PyObject *self, void *closure) {
 int arena_tensor(PyObject *object, kvc_tensor *out) {
     if (!PyObject_TypeCheck(object, arena_type)) return 1;
     const kvc_arena *arena = ((ArenaObject *)object)->arena;
-    *out = (kvc_tensor){.data = kvc_arena_base(arena), .dtype = KVC_UINT8, .ndim = 1, .device = KVC_CPU,
-                        .shape = {kvc_arena_reserved(arena)}, .strides = {1}};
+    *out = (kvc_tensor){.data = kvc_arena_base(arena),
+                        .dtype = KVC_UINT8,
+                        .ndim = 1,
+                        .device = KVC_CPU,
+                        .shape = {kvc_arena_reserved(arena)},
+                        .strides = {1}};
     return 0;
 }
 
@@ -127,21 +131,22 @@ static PyMethodDef methods[] = {
     {"free", (PyCFunction)(void *)arena_free, METH_FASTCALL,
      "free($self, page_bytes, units, /)\n--\n\nGives pages back; empty slabs return to the system."},
     {"copy", (PyCFunction)(void *)arena_copy, METH_FASTCALL,
-     "copy($self, page_bytes, source, target, /)\n--\n\nCopies live pages, units (n,) uint32 each, one after the other."},
+     "copy($self, page_bytes, source, target, /)\n--\n\nCopies live pages, units (n,) uint32 each, one after the "
+     "other."},
     {0}};
 
-static PyGetSetDef properties[] = {
-    {"nbytes", arena_nbytes, NULL, "Bytes of all slabs: what is allocated.", NULL},
-    {"used", arena_used, NULL, "Bytes of live pages.", NULL},
-    {0}};
+static PyGetSetDef properties[] = {{"nbytes", arena_nbytes, NULL, "Bytes of all slabs: what is allocated.", NULL},
+                                   {"used", arena_used, NULL, "Bytes of live pages.", NULL},
+                                   {0}};
 
 int arena_init(PyObject *module) {
     PyType_Slot slots[] = {{Py_tp_new, arena_new},
                            {Py_tp_dealloc, arena_dealloc},
                            {Py_tp_methods, methods},
                            {Py_tp_getset, properties},
-                           {Py_tp_doc, "Arena(reserve_bytes=68719476736, /)\n--\n\nPage memory on the CPU: address space reserved "
-                                       "once, slabs committed as pages are asked for and given back when empty."},
+                           {Py_tp_doc,
+                            "Arena(reserve_bytes=68719476736, /)\n--\n\nPage memory on the CPU: address space reserved "
+                            "once, slabs committed as pages are asked for and given back when empty."},
                            {0, NULL}};
     PyType_Spec spec = {"kvcomp._C.Arena", sizeof(ArenaObject), 0, Py_TPFLAGS_DEFAULT, slots};
     arena_type = (PyTypeObject *)PyType_FromSpec(&spec);

@@ -27,26 +27,34 @@ static int fill(kvc_frame *frame, const char *name, const dl_tensor *in, bool re
     static const struct {
         uint8_t code, bits;
         kvc_dtype dtype;
-    } known[] = {{2, 32, KVC_FLOAT32}, {2, 16, KVC_FLOAT16}, {4, 16, KVC_BFLOAT16}, {0, 32, KVC_INT32}, {0, 64, KVC_INT64},
-                 {1, 8, KVC_UINT8},    {1, 32, KVC_UINT32},  {1, 64, KVC_UINT64},   {2, 64, KVC_FLOAT64}};
+    } known[] = {{2, 32, KVC_FLOAT32}, {2, 16, KVC_FLOAT16}, {4, 16, KVC_BFLOAT16},
+                 {0, 32, KVC_INT32},   {0, 64, KVC_INT64},   {1, 8, KVC_UINT8},
+                 {1, 32, KVC_UINT32},  {1, 64, KVC_UINT64},  {2, 64, KVC_FLOAT64}};
     if (in->ndim < 0 || in->ndim > KVC_MAX_DIMS) {
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected at most %d dimensions, got %d", frame->op, name, KVC_MAX_DIMS, in->ndim);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected at most %d dimensions, got %d", frame->op, name, KVC_MAX_DIMS,
+                     in->ndim);
         return fail(frame);
     }
     size_t i = 0;
-    while (i < sizeof known / sizeof *known && (known[i].code != in->dtype.code || known[i].bits != in->dtype.bits)) i++;
+    while (i < sizeof known / sizeof *known && (known[i].code != in->dtype.code || known[i].bits != in->dtype.bits))
+        i++;
     if (i == sizeof known / sizeof *known || in->dtype.lanes != 1) {
-        PyErr_Format(PyExc_TypeError, "%s: %s: expected a plain float or integer type, got DLPack type code %d of %d bits",
-                     frame->op, name, in->dtype.code, in->dtype.bits);
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s: expected a plain float or integer type, got DLPack type code %d of %d bits", frame->op,
+                     name, in->dtype.code, in->dtype.bits);
         return fail(frame);
     }
     if (in->device.type != KVC_CPU && in->device.type != KVC_CUDA) {
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU or CUDA tensor, got DLPack device type %d", frame->op, name,
-                     (int)in->device.type);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU or CUDA tensor, got DLPack device type %d", frame->op,
+                     name, (int)in->device.type);
         return fail(frame);
     }
-    *out = (kvc_tensor){.data = (char *)in->data + in->byte_offset, .dtype = known[i].dtype, .ndim = in->ndim,
-                        .device = in->device.type, .device_id = in->device.id, .read_only = read_only};
+    *out = (kvc_tensor){.data = (char *)in->data + in->byte_offset,
+                        .dtype = known[i].dtype,
+                        .ndim = in->ndim,
+                        .device = in->device.type,
+                        .device_id = in->device.id,
+                        .read_only = read_only};
     int64_t stride = 1;
     for (int axis = in->ndim - 1; axis >= 0; axis--) {
         out->shape[axis] = in->shape[axis];
@@ -116,7 +124,8 @@ static int from_capsule(kvc_frame *frame, PyObject *object, const char *name, kv
     PyObject *capsule = arguments && nothing ? PyObject_Call(method, nothing, arguments) : NULL;
     if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* older than max_version */
         PyErr_Clear();
-        if (arguments && PyDict_DelItemString(arguments, "max_version") == 0) capsule = PyObject_Call(method, nothing, arguments);
+        if (arguments && PyDict_DelItemString(arguments, "max_version") == 0)
+            capsule = PyObject_Call(method, nothing, arguments);
     }
     Py_XDECREF(arguments);
     Py_XDECREF(nothing);
@@ -188,7 +197,8 @@ int frame_tensor(kvc_frame *frame, PyObject *object, const char *name, int mode,
     frame->tensors[frame->count] = out;
     frame->names[frame->count] = name;
     frame->modes[frame->count++] = mode;
-    if ((mode & FRAME_OUT) && out->read_only) return fail_text(frame, PyExc_ValueError, name, "a writable tensor", "a read-only one");
+    if ((mode & FRAME_OUT) && out->read_only)
+        return fail_text(frame, PyExc_ValueError, name, "a writable tensor", "a read-only one");
     return 0;
 }
 
@@ -201,8 +211,8 @@ int frame_int(kvc_frame *frame, PyObject *object, const char *name, int64_t low,
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(index, &overflow);
     if (overflow || value < low || value > high) {
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected an integer in %lld..%lld, got %S", frame->op, name, (long long)low,
-                     (long long)high, index);
+        PyErr_Format(PyExc_ValueError, "%s: %s: expected an integer in %lld..%lld, got %S", frame->op, name,
+                     (long long)low, (long long)high, index);
         Py_DECREF(index);
         return fail(frame);
     }
@@ -260,8 +270,10 @@ static void byte_range(const kvc_tensor *tensor, const char **low, const char **
     int64_t first = 0, last = 0;
     for (int axis = 0; axis < tensor->ndim; axis++) {
         const int64_t reach = (tensor->shape[axis] - 1) * tensor->strides[axis];
-        if (reach < 0) first += reach;
-        else last += reach;
+        if (reach < 0)
+            first += reach;
+        else
+            last += reach;
     }
     const int64_t size = kvc_dtype_size(tensor->dtype);
     *low = (const char *)tensor->data + first * size;
@@ -272,14 +284,14 @@ int frame_check(kvc_frame *frame) {
     for (int i = 0; i < frame->count; i++) {
         const kvc_tensor *tensor = frame->tensors[i];
         if (tensor->device == KVC_CUDA && !(frame->modes[i] & FRAME_CUDA)) {
-            PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU tensor, got one on cuda:%d", frame->op, frame->names[i],
-                         tensor->device_id);
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU tensor, got one on cuda:%d", frame->op,
+                         frame->names[i], tensor->device_id);
             return fail(frame);
         }
         if (tensor->device != frame->tensors[0]->device || tensor->device_id != frame->tensors[0]->device_id) {
-            PyErr_Format(PyExc_ValueError, "%s: %s: expected the device of %s (%s:%d), got %s:%d", frame->op, frame->names[i],
-                         frame->names[0], frame->tensors[0]->device == KVC_CUDA ? "cuda" : "cpu", frame->tensors[0]->device_id,
-                         tensor->device == KVC_CUDA ? "cuda" : "cpu", tensor->device_id);
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected the device of %s (%s:%d), got %s:%d", frame->op,
+                         frame->names[i], frame->names[0], frame->tensors[0]->device == KVC_CUDA ? "cuda" : "cpu",
+                         frame->tensors[0]->device_id, tensor->device == KVC_CUDA ? "cuda" : "cpu", tensor->device_id);
             return fail(frame);
         }
         if (!(frame->modes[i] & FRAME_OUT) || kvc_elements(tensor) == 0) continue;

@@ -44,17 +44,19 @@ static PyObject *cuda_info(PyObject *module, PyObject *unused) {
         }
         Py_DECREF(device);
     }
-    return Py_BuildValue("{s:N,s:z,s:z,s:i,s:i,s:N}", "available", PyBool_FromLong(count > 0), "why", count > 0 ? NULL : why,
-                         "architectures", backend ? backend->architectures : NULL, "runtime",
-                         backend ? backend->runtime_version() : 0, "driver", backend ? backend->driver_version() : 0, "devices",
-                         devices);
+    return Py_BuildValue("{s:N,s:z,s:z,s:i,s:i,s:N}", "available", PyBool_FromLong(count > 0), "why",
+                         count > 0 ? NULL : why, "architectures", backend ? backend->architectures : NULL, "runtime",
+                         backend ? backend->runtime_version() : 0, "driver", backend ? backend->driver_version() : 0,
+                         "devices", devices);
 }
 
 PyMethodDef module_methods[] = {
     {"set_threads", set_threads, METH_O, "set_threads(threads, /)\n--\n\nThreads of the CPU operations, 1..64."},
     {"threads", threads, METH_NOARGS, "threads()\n--\n\nThreads of the CPU operations."},
-    {"simd", simd, METH_NOARGS, "simd()\n--\n\nThe instruction set of the attention kernels in use: base, avx2, avx512."},
-    {"cuda_info", cuda_info, METH_NOARGS, "cuda_info()\n--\n\nWhat the CUDA library is and can use, or why it cannot be used."},
+    {"simd", simd, METH_NOARGS,
+     "simd()\n--\n\nThe instruction set of the attention kernels in use: base, avx2, avx512."},
+    {"cuda_info", cuda_info, METH_NOARGS,
+     "cuda_info()\n--\n\nWhat the CUDA library is and can use, or why it cannot be used."},
     {0}};
 
 /* The folder of the extension, where libkvcomp_cuda.so lies too. */

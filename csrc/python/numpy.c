@@ -49,12 +49,16 @@ int numpy_tensor(kvc_frame *frame, PyObject *object, const char *name, kvc_tenso
         return -1;
     }
     const npy_intp size = PyArray_ITEMSIZE(array);
-    *out = (kvc_tensor){.data = PyArray_DATA(array), .dtype = dtype, .ndim = PyArray_NDIM(array), .device = KVC_CPU,
+    *out = (kvc_tensor){.data = PyArray_DATA(array),
+                        .dtype = dtype,
+                        .ndim = PyArray_NDIM(array),
+                        .device = KVC_CPU,
                         .read_only = !PyArray_ISWRITEABLE(array)};
     for (int axis = 0; axis < out->ndim; axis++) {
         out->shape[axis] = PyArray_DIM(array, axis);
         if (PyArray_STRIDE(array, axis) % size != 0) {
-            PyErr_Format(PyExc_ValueError, "%s: %s: expected strides that are multiples of the element size", frame->op, name);
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected strides that are multiples of the element size", frame->op,
+                         name);
             return -1;
         }
         out->strides[axis] = PyArray_STRIDE(array, axis) / size;

@@ -17,25 +17,25 @@ static const kvc_backend *cuda_or_raise(kvc_frame *frame) {
     return backend;
 }
 
-#define RUN(frame, call)                                                                                               \
-    do {                                                                                                               \
-        if (frame_device(frame) == KVC_CUDA) {                                                                         \
-            const kvc_backend *backend = cuda_or_raise(frame);                                                         \
-            if (backend) RUN_CUDA(frame, backend, backend->call(&args, (frame)->stream));                              \
-        } else {                                                                                                       \
-            FRAME_RUN(frame, kvc_##call##_cpu(&args, NULL));                                                           \
-        }                                                                                                              \
+#define RUN(frame, call)                                                                  \
+    do {                                                                                  \
+        if (frame_device(frame) == KVC_CUDA) {                                            \
+            const kvc_backend *backend = cuda_or_raise(frame);                            \
+            if (backend) RUN_CUDA(frame, backend, backend->call(&args, (frame)->stream)); \
+        } else {                                                                          \
+            FRAME_RUN(frame, kvc_##call##_cpu(&args, NULL));                              \
+        }                                                                                 \
     } while (0)
 
 /* As FRAME_RUN; the sentence is the library's own. */
-#define RUN_CUDA(frame, backend, call)                                                                                 \
-    do {                                                                                                               \
-        kvc_status status_;                                                                                            \
-        Py_BEGIN_ALLOW_THREADS status_ = (call);                                                                       \
-        Py_END_ALLOW_THREADS if (status_ != KVC_OK) {                                                                  \
-            raise_text(status_, (backend)->error());                                                                   \
-            (frame)->failed = true;                                                                                    \
-        }                                                                                                              \
+#define RUN_CUDA(frame, backend, call)                \
+    do {                                              \
+        kvc_status status_;                           \
+        Py_BEGIN_ALLOW_THREADS status_ = (call);      \
+        Py_END_ALLOW_THREADS if (status_ != KVC_OK) { \
+            raise_text(status_, (backend)->error());  \
+            (frame)->failed = true;                   \
+        }                                             \
     } while (0)
 
 static PyObject *pack(PyObject *module, PyObject *const *argv, Py_ssize_t argc) {
@@ -49,8 +49,9 @@ static PyObject *pack(PyObject *module, PyObject *const *argv, Py_ssize_t argc) 
         frame_tensor(&frame, argv[3], "pages", FRAME_CUDA, &args.pages) ||
         frame_tensor(&frame, argv[4], "lists", FRAME_CUDA, &args.lists) ||
         frame_tensor(&frame, argv[5], "start", FRAME_CUDA, &args.start) ||
-        frame_tensor(&frame, argv[6], "tokens", FRAME_CUDA, &args.tokens) || frame_layout(&frame, argv[7], &args.layout) ||
-        frame_int32(&frame, argv[8], "rotation", 0, 1, &args.rotation) || frame_int32(&frame, argv[9], "scale", 0, 2, &args.scale) ||
+        frame_tensor(&frame, argv[6], "tokens", FRAME_CUDA, &args.tokens) ||
+        frame_layout(&frame, argv[7], &args.layout) || frame_int32(&frame, argv[8], "rotation", 0, 1, &args.rotation) ||
+        frame_int32(&frame, argv[9], "scale", 0, 2, &args.scale) ||
         frame_int32(&frame, argv[10], "stochastic", 0, 1, &args.stochastic) ||
         frame_int32(&frame, argv[11], "layer", 0, INT32_MAX, &args.layer) ||
         frame_int(&frame, argv[12], "seed", 0, INT64_MAX, &seed) || frame_check(&frame))
@@ -70,8 +71,9 @@ static PyObject *unpack(PyObject *module, PyObject *const *argv, Py_ssize_t argc
         frame_tensor(&frame, argv[3], "pages", FRAME_CUDA, &args.pages) ||
         frame_tensor(&frame, argv[4], "lists", FRAME_CUDA, &args.lists) ||
         frame_tensor(&frame, argv[5], "start", FRAME_CUDA, &args.start) ||
-        frame_tensor(&frame, argv[6], "tokens", FRAME_CUDA, &args.tokens) || frame_layout(&frame, argv[7], &args.layout) ||
-        frame_int32(&frame, argv[8], "rotation", 0, 1, &args.rotation) || frame_check(&frame))
+        frame_tensor(&frame, argv[6], "tokens", FRAME_CUDA, &args.tokens) ||
+        frame_layout(&frame, argv[7], &args.layout) || frame_int32(&frame, argv[8], "rotation", 0, 1, &args.rotation) ||
+        frame_check(&frame))
         return frame_return(&frame);
     RUN(&frame, unpack);
     return frame_return(&frame);
@@ -90,10 +92,12 @@ static PyObject *append(PyObject *module, PyObject *const *argv, Py_ssize_t argc
         frame_tensor(&frame, argv[5], "counts", FRAME_INOUT, &args.counts) ||
         frame_tensor(&frame, argv[6], "keys", FRAME_IN, &args.keys) ||
         frame_tensor(&frame, argv[7], "values", FRAME_IN, &args.values) ||
-        frame_tensor(&frame, argv[8], "valid", FRAME_OPTIONAL, &args.valid) || frame_layout(&frame, argv[9], &args.layout) ||
-        frame_int32(&frame, argv[10], "k_bits", 0, 16, &args.k_bits) || frame_int32(&frame, argv[11], "v_bits", 0, 16, &args.v_bits) ||
+        frame_tensor(&frame, argv[8], "valid", FRAME_OPTIONAL, &args.valid) ||
+        frame_layout(&frame, argv[9], &args.layout) || frame_int32(&frame, argv[10], "k_bits", 0, 16, &args.k_bits) ||
+        frame_int32(&frame, argv[11], "v_bits", 0, 16, &args.v_bits) ||
         frame_int32(&frame, argv[12], "window", 0, 1 << 24, &args.window) ||
-        frame_int32(&frame, argv[13], "rotation", 0, 1, &args.rotation) || frame_int32(&frame, argv[14], "scale", 0, 2, &args.scale) ||
+        frame_int32(&frame, argv[13], "rotation", 0, 1, &args.rotation) ||
+        frame_int32(&frame, argv[14], "scale", 0, 2, &args.scale) ||
         frame_int32(&frame, argv[15], "stochastic", 0, 1, &args.stochastic) ||
         frame_int32(&frame, argv[16], "layer", 0, INT32_MAX, &args.layer) ||
         frame_int(&frame, argv[17], "seed", 0, INT64_MAX, &seed) || frame_check(&frame))
@@ -108,7 +112,8 @@ static PyObject *append_need(PyObject *module, PyObject *const *argv, Py_ssize_t
     kvc_frame frame = {.op = "append_need"};
     int32_t tail, q, window, packs;
     if (frame_count(&frame, argc, 4) || frame_int32(&frame, argv[0], "tail_tokens", 0, 1 << 30, &tail) ||
-        frame_int32(&frame, argv[1], "q", 0, 1 << 24, &q) || frame_int32(&frame, argv[2], "window", 0, 1 << 24, &window) ||
+        frame_int32(&frame, argv[1], "q", 0, 1 << 24, &q) ||
+        frame_int32(&frame, argv[2], "window", 0, 1 << 24, &window) ||
         frame_int32(&frame, argv[3], "packs", 0, 1, &packs))
         return frame_return(&frame);
     int tail_pages, packed_pages;
@@ -127,8 +132,8 @@ static PyObject *attend(PyObject *module, PyObject *const *argv, Py_ssize_t argc
         frame_tensor(&frame, argv[4], "table", FRAME_IN, &args.table) ||
         frame_tensor(&frame, argv[5], "lists", FRAME_IN, &args.lists) ||
         frame_tensor(&frame, argv[6], "new_tokens", FRAME_OPTIONAL, &args.new_tokens) ||
-        frame_tensor(&frame, argv[7], "workspace", FRAME_OUT, &args.workspace) || frame_layout(&frame, argv[8], &args.layout) ||
-        frame_int32(&frame, argv[9], "rotation", 0, 1, &args.rotation) ||
+        frame_tensor(&frame, argv[7], "workspace", FRAME_OUT, &args.workspace) ||
+        frame_layout(&frame, argv[8], &args.layout) || frame_int32(&frame, argv[9], "rotation", 0, 1, &args.rotation) ||
         frame_float(&frame, argv[10], "scale", 1e-30, 1e30, &args.scale) ||
         frame_float(&frame, argv[11], "softcap", 0, 1e30, &args.softcap) ||
         frame_int32(&frame, argv[12], "threads", 0, 64, &args.threads) || frame_check(&frame))
@@ -144,13 +149,15 @@ static PyObject *attend_workspace(PyObject *module, PyObject *const *argv, Py_ss
     const int64_t most = (int64_t)1 << 24;
     if (frame_count(&frame, argc, 5) || frame_int(&frame, argv[0], "lists", 0, most, &lists) ||
         frame_int(&frame, argv[1], "pages", 0, most, &pages) || frame_int(&frame, argv[2], "group", 0, most, &group) ||
-        frame_int(&frame, argv[3], "q", 0, most, &q) || frame_int(&frame, argv[4], "head_dim", 1, KVC_MAX_HEAD_DIM, &head_dim))
+        frame_int(&frame, argv[3], "q", 0, most, &q) ||
+        frame_int(&frame, argv[4], "head_dim", 1, KVC_MAX_HEAD_DIM, &head_dim))
         return frame_return(&frame);
     return PyLong_FromLongLong(kvc_attend_workspace(lists, pages, group, q, (int32_t)head_dim));
 }
 
 /* (layout, k_bits, v_bits) of the three functions below. */
-static int class_arguments(kvc_frame *frame, PyObject *const *argv, Py_ssize_t argc, kvc_layout *layout, int32_t bits[2]) {
+static int class_arguments(kvc_frame *frame, PyObject *const *argv, Py_ssize_t argc, kvc_layout *layout,
+                           int32_t bits[2]) {
     if (frame_count(frame, argc, layout ? 3 : 2) || (layout && frame_layout(frame, argv[0], layout))) return -1;
     for (int i = 0; i < 2; i++) {
         if (frame_int32(frame, argv[(layout ? 1 : 0) + i], i ? "v_bits" : "k_bits", 2, 16, &bits[i])) return -1;
@@ -192,7 +199,8 @@ static PyObject *scale_bytes(PyObject *module, PyObject *const *argv, Py_ssize_t
 
 #define METHOD(name, signature, text) {#name, (PyCFunction)(void *)name, METH_FASTCALL, #name signature "\n--\n\n" text}
 PyMethodDef ops_cache_methods[] = {
-    METHOD(pack, "(arena, keys, values, pages, lists, start, tokens, layout, rotation, scale, stochastic, layer, seed, /)",
+    METHOD(pack,
+           "(arena, keys, values, pages, lists, start, tokens, layout, rotation, scale, stochastic, layer, seed, /)",
            "K, V rows into packed pages (csrc/kvcomp/pack.h)."),
     METHOD(unpack, "(keys, values, arena, pages, lists, start, tokens, layout, rotation, /)",
            "Packed pages back into K, V rows (csrc/kvcomp/pack.h)."),
@@ -200,9 +208,11 @@ PyMethodDef ops_cache_methods[] = {
            "(arena, table, lists, pool_tail, pool_packed, counts, keys, values, valid, layout, k_bits, v_bits, window, "
            "rotation, scale, stochastic, layer, seed, /)",
            "New K, V rows behind every list; what has aged is packed (csrc/kvcomp/append.h)."),
-    METHOD(append_need, "(tail_tokens, q, window, packs, /)", "Most (tail, packed) pages one list takes for q new tokens."),
+    METHOD(append_need, "(tail_tokens, q, window, packs, /)",
+           "Most (tail, packed) pages one list takes for q new tokens."),
     METHOD(attend,
-           "(out, mass, queries, arena, table, lists, new_tokens, workspace, layout, rotation, scale, softcap, threads, /)",
+           "(out, mass, queries, arena, table, lists, new_tokens, workspace, layout, rotation, scale, softcap, "
+           "threads, /)",
            "Attention over packed pages (csrc/kvcomp/attend.h)."),
     METHOD(attend_workspace, "(lists, pages, group, q, head_dim, /)", "Bytes of workspace that attend needs."),
     METHOD(page_bytes, "(layout, k_bits, v_bits, /)", "Bytes of a page of this class."),

@@ -50,10 +50,10 @@ def dialogue(draw: Draw) -> tuple[str, str]:
         index = draw.below(2)
         return f"What is the {('first', 'last')[index]} of: {' '.join(words)}?", words[-index]
     if kind == 7:
-        a, b = 1 + draw.below(50), 1 + draw.below(50)
-        return f"What is {a} + {b}?", f"{a} + {b} = {a + b}"
+        m, n = 1 + draw.below(50), 1 + draw.below(50)
+        return f"What is {m} + {n}?", f"{m} + {n} = {m + n}"
     if kind == 8:
-        a, b = draw.distinct(range(1, 1000), 2)
-        return f"Which is larger, {a} or {b}?", str(max(a, b))
+        m, n = draw.distinct(range(1, 1000), 2)
+        return f"Which is larger, {m} or {n}?", str(max(m, n))
     adjective, subject, item = draw.pick(ADJECTIVES), draw.pick(SUBJECTS), draw.pick(OBJECTS)
     return f"The {adjective} {subject} has a {item}. What does the {subject} have?", f"A {item}."

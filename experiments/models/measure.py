@@ -26,7 +26,7 @@ def bits_per_byte(model: LlamaForCausalLM, text: str, length: int, batch: int = 
     count = len(text) // length
     windows = torch.frombuffer(bytearray(text.encode("ascii")), dtype=torch.uint8)[: count * length].view(count, length)
     total = 0.0
-    for part in windows.long().split(batch):
+    for part in torch.split(windows.long(), batch):
         part = part.to(model.device)
         logits = model(part, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()

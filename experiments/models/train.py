@@ -193,7 +193,7 @@ def train(
         tokens, weights = sampler.batch(index, options.tokens_per_step)
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = loss_of(tokens, weights)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

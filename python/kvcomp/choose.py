@@ -47,7 +47,7 @@ def candidates_of(select: Selector | None, importance: list[Array], first: Array
     if select is None or select.keep is None:
         real = (np.arange(s) >= first[:, None]).astype(np.uint8)
         return [np.repeat(real, scores.shape[1], 0) for scores in importance]
-    least = max(policy.sinks + policy.window, select.min_tokens if isinstance(select, Hybrid) else 0)
+    least = max(policy.sinks + policy.kept_window, select.min_tokens if isinstance(select, Hybrid) else 0)
     shares = np.stack([layer_shares(select, layers, int(s - f), least) for f in first])
     kept = []
     for index, scores in enumerate(importance):
@@ -56,6 +56,6 @@ def candidates_of(select: Selector | None, importance: list[Array], first: Array
         keep = np.repeat(shares[:, index], h).astype(np.int32)
         scratch = workspace(_C.select_workspace(b * h, s))
         flat = None if isinstance(select, Streaming) else scores.reshape(b * h, s)
-        _C.select(out, flat, keep, np.repeat(first, h), scratch, policy.sinks, policy.window)
+        _C.select(out, flat, keep, np.repeat(first, h), scratch, policy.sinks, policy.kept_window)
         kept.append(out)
     return kept

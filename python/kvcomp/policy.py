@@ -159,7 +159,8 @@ class Policy:
 
     Others:
         select: which tokens may be kept; None: all of them, the budget decides by measured importance.
-        sinks, window: first and newest tokens that stay at 16 bits (inside the budget).
+        sinks, window: first and newest tokens that stay at 16 bits (inside the budget). A byte budget with nothing
+            selected keeps a window of 16 where none is given.
         rotation: "hadamard" (Gaussian-like rows, the default) or "none".
         group: channels that share a scale: a divisor of head_dim and a multiple of 16; None: head_dim.
         seed: of stochastic rounding.
@@ -167,7 +168,8 @@ class Policy:
         stochastic: stochastic rounding (Philox, seeded); the default rounds to nearest.
         classes: (k_bits, v_bits) that a budget may use for tokens besides 16 bits; None: all of 2, 3, 4, 8.
         guard: largest fraction of a list's kept tokens that a budget may leave at 16 bits; None: no limit.
-        importance_temperature: importance is raised to 1/temperature before planning; smaller is sharper.
+        importance_temperature: importance is raised to 1 / (2 * temperature) before planning; smaller is sharper. At 1,
+            the square root: what the prompt's last queries attend to foretells later ones only roughly.
         calibration_tokens: tokens per KV head from which the distortion at each number of bits is measured.
     """
 
@@ -252,6 +254,11 @@ class Policy:
         if self.fixed_class is not None and self.select.keep is None:
             return 0
         return self.select.window
+
+    @property
+    def kept_window(self) -> int:
+        """Newest tokens that stay at 16 bits."""
+        return 16 if self.window == 0 and self.select is None and self.fixed_class is None else self.window
 
     def budget(self, bf16_bytes: int) -> int:
         """Bytes allowed, given the bytes of the uncompressed bf16 cache; -1: no limit."""

@@ -83,13 +83,19 @@ def _check(layers: Sequence[LayerInput], policy: Policy) -> Layout:
     if not layers:
         raise ValueError("compress: layers: expected at least one, got none")
     for index, layer in enumerate(layers):
-        if layer.keys.ndim != 4 or tuple(layer.keys.shape) != tuple(layer.values.shape):
+        keys, values = (tuple(getattr(part, "shape", ())) for part in (layer.keys, layer.values))
+        if len(keys) != 4 or keys != values or 0 in keys[:2]:
             raise ValueError(
-                f"compress: layers[{index}]: expected keys and values of one shape (b, h, s, d), got "
-                f"{tuple(layer.keys.shape)} and {tuple(layer.values.shape)}"
+                f"compress: layers[{index}]: expected keys and values of one shape (b, h, s, d), "
+                f"got {keys} and {values}"
             )
         if layer.shape[0] != layers[0].shape[0] or layer.shape[2:] != layers[0].shape[2:]:
             raise ValueError(f"compress: layers[{index}]: expected shape {layers[0].shape}, got {layer.shape}")
+        if not np.array_equal(first_tokens(layer), first_tokens(layers[0])):
+            raise ValueError(
+                f"compress: layers[{index}]: expected first {first_tokens(layers[0]).tolist()} as in layers[0], "
+                f"got {first_tokens(layer).tolist()}"
+            )
         if layer.importance is not None and tuple(layer.importance.shape) != layer.shape[:3]:
             raise ValueError(
                 f"compress: importance: expected {layer.shape[:3]} in layer {index}, "
@@ -151,7 +157,7 @@ def compress_prompt(
     for layer, marks in zip(layers, fixed, strict=True):
         begin = np.repeat(first, layer.shape[1])[:, None]
         marks[(position >= begin) & (position < begin + policy.sinks)] = 1
-        marks[(position >= np.maximum(begin, s - policy.window))] = 2
+        marks[(position >= np.maximum(begin, s - policy.kept_window))] = 2
     needs_scores = pair is None or (select is not None and select.keep is not None)
     if needs_scores:
         importance = [importance_of(layer, policy) for layer in layers]
@@ -171,7 +177,7 @@ def compress_prompt(
         budget = policy.budget(bf16_bytes)
         plans, least, over = _planned(layers, policy, coding, importance, kept, fixed, budget, least_if_over)
     aged = pair if pair is not None else _aged_class(plans)
-    arena, packed = write_pages(layers, plans, coding, aged, policy.window)
+    arena, packed = write_pages(layers, plans, coding, aged, policy.kept_window)
     report = _report(packed, policy, real, bf16_bytes, budget, least, over, layers)
     return Packed(arena, packed, report, [rows.tokens for rows in plans] if positions else None)
 
@@ -200,7 +206,7 @@ def _planned(
     """Runs plan until what the arena will really take fits the budget."""
     s = layers[0].shape[2]
     priority = layer_priorities(policy.select, len(layers))
-    exponent = 1.0 / policy.importance_temperature
+    exponent = 0.5 / policy.importance_temperature
     sharp = np.concatenate(
         [
             (scores.reshape(-1, s).astype(np.float64) ** exponent * weight).astype(np.float32)
@@ -299,5 +305,9 @@ def _report(
             "keep": getattr(policy.select, "keep", None),
             "target_ratio": policy.target_ratio,
         },
-        effective={"aged_class": list(packed[0].aged), "ratio": bf16_bytes / arena_bytes if arena_bytes else None},
+        effective={
+            "window": policy.kept_window,
+            "aged_class": list(packed[0].aged),
+            "ratio": bf16_bytes / arena_bytes if arena_bytes else None,
+        },
     )

@@ -1,0 +1,1 @@
+"""Measuring quality: generated tasks, perplexity and their evaluation."""
