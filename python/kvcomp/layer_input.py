@@ -47,7 +47,7 @@ def to_float32(tensor: Any) -> Array:
 
 def first_tokens(layer: LayerInput) -> Array:
     b, _, s, _ = layer.shape
-    first = np.zeros(b, np.int32) if layer.first is None else np.ascontiguousarray(layer.first, np.int32)
-    if first.shape != (b,) or (first < 0).any() or (first > s).any():
+    first = np.zeros(b, np.int32) if layer.first is None else np.asarray(layer.first)
+    if first.dtype.kind not in "iu" or first.shape != (b,) or (first < 0).any() or (first > s).any():
         raise ValueError(f"compress: first: expected {b} indices in 0..{s}, got {first.tolist()}")
-    return first
+    return np.ascontiguousarray(first, np.int32)

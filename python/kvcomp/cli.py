@@ -1,0 +1,363 @@
+"""The ``kvcomp`` command. Exit codes: 0; 1 a cell over its error bound, or a table out of date; 2 bad input, with one
+sentence; 130 interrupted.
+
+What a subcommand needs is imported when it runs: ``kvcomp env`` works without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+_QUICK = {
+    "length": 1024,
+    "families": ("needle_single", "needle_multi_key"),
+    "aware": 2,
+    "agnostic": 1,
+    "questions": 4,
+    "windows": 1,
+    "scored": 128,
+    "single": 16,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command = shlex.join(["kvcomp", *arguments])
+    from .experiment.resume import Interrupted
+
+    try:
+        return int(options.run(options, command))
+    except Interrupted as kept:
+        return _stop(str(kept), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _stop("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as reason:
+        if options.traceback:
+            raise
+        return _stop(f"expected {reason.name} to be installed (pip install 'kvcomp[hf]'), got none", BAD_INPUT)
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError, MemoryError) as reason:
+        if options.traceback:
+            raise
+        return _stop(" ".join(str(reason).split()) or type(reason).__name__, BAD_INPUT)
+
+
+def _stop(sentence: str, code: int) -> int:
+    print(f"kvcomp: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvcomp", description="A byte budget for the KV cache.")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_quality(commands)
+    _add_bench(commands)
+    _add_tables(commands)
+    env = commands.add_parser("env", help="versions, driver, backend, and why CUDA is off when it is")
+    env.set_defaults(run=_env)
+    return parser
+
+
+# ---- kvcomp run
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="one experiment: compress, generate from the packed bytes, measure bytes and quality",
+        description="Runs an experiment file. Without paths: on the shipped model and text. With --cache-path: on a "
+        "stored KV cache (.pt or .safetensors, tensors keys and values, [L,T,H,D] or [L,B,H,T,D], and optionally "
+        "attention, [L,T] or [L,H,T]). With --simulate: on a random one.",
+    )
+    run.add_argument("experiment", nargs="?", type=Path, metavar="CONFIG", help="experiment file (YAML or JSON)")
+    run.add_argument("--config", type=Path, help="the same, as a flag")
+    run.add_argument("--cache-path", type=Path, help="stored KV cache to compress")
+    run.add_argument("--attention-stats", type=Path, help="attention of its tokens, where the cache's file has none")
+    run.add_argument(
+        "--simulate", action="store_true", help="compress random K and V; every figure is stamped simulated"
+    )
+    run.add_argument("--report-path", "--output", type=Path, help="write the results here, as JSON")
+    run.add_argument("--plot", type=Path, help="write a picture of the results here")
+    _add_workload(run)
+    run.set_defaults(run=_run)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="folder of a transformers model (default: the shipped tiny-base)")
+    parser.add_argument("--text", type=Path, help="held-out ASCII text (default: the shipped one)")
+    parser.add_argument("--length", type=int, help="bytes of each prompt (default: 4096; quick: 1024)")
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="tasks (default: all; quick: two)")
+    parser.add_argument("--aware", type=int, help="tasks of each family whose question is in the prompt")
+    parser.add_argument("--agnostic", type=int, help="contexts of each family, compressed before they are asked about")
+    parser.add_argument("--questions", type=int, help="questions to each of those, at most")
+    parser.add_argument("--windows", type=int, help="windows of held-out text")
+    parser.add_argument("--scored", type=int, help="tokens scored in each window")
+    parser.add_argument("--seed", type=int, default=0, help="of tasks and of stochastic rounding (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="few and short prompts: a look, not a measurement")
+
+
+def _workload(options: argparse.Namespace, **defaults: Any) -> Any:
+    from .eval import tasks
+    from .experiment.workload import Workload
+
+    if options.quick:
+        defaults = dict(_QUICK)
+    given = {
+        name: value
+        for name in ("length", "families", "aware", "agnostic", "questions", "windows", "scored", "seed")
+        if (value := getattr(options, name)) is not None
+    }
+    for name, least in (("aware", 0), ("agnostic", 0), ("questions", 1), ("windows", 1), ("scored", 2), ("seed", 0)):
+        if given.get(name, least) < least:
+            raise ValueError(f"--{name}: expected {least} or more, got {given[name]}")
+    for family in given.get("families", ()):
+        if family not in tasks.FAMILIES:
+            raise ValueError(f"--families: expected among {', '.join(tasks.FAMILIES)}, got {family}")
+    if "families" in given:
+        given["families"] = tuple(dict.fromkeys(given["families"]))
+    return Workload(**{**defaults, **given})
+
+
+def _subject(options: argparse.Namespace, beside: Path | None) -> Any:
+    from .experiment import places, workload
+
+    return workload.load(
+        options.model or places.shipped(places.MODEL, "--model", beside=beside),
+        options.text or places.shipped(places.TEXT, "--text", beside=beside),
+    )
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .experiment import config as experiment
+    from .experiment import offline, report, runner
+
+    if (options.experiment is None) == (options.config is None):
+        raise ValueError("run: --config: expected one experiment file, got " + ("two" if options.config else "none"))
+    path: Path = options.experiment or options.config
+    for flag in ("report_path", "plot"):
+        if getattr(options, flag) is not None:
+            results.check_writable(getattr(options, flag), f"run: --{flag.replace('_', '-')}")
+    config = experiment.load(path)
+    kept = None
+    if options.simulate or options.cache_path is not None or options.attention_stats is not None:
+        with _status("compressing") as tell:
+            found = offline.run(
+                config,
+                name=path.stem,
+                command=command,
+                cache_path=options.cache_path,
+                attention_path=options.attention_stats,
+                simulate=options.simulate,
+                seed=options.seed,
+                tell=tell,
+            )
+    else:
+        found, kept = runner.run(
+            config,
+            _subject(options, path),
+            _workload(options),
+            name=path.stem,
+            command=command,
+            report=options.report_path,
+            track=_track("compressing and asking"),
+        )
+    if options.report_path is not None:
+        results.write(options.report_path, found)
+    if kept is not None:
+        kept.finish()
+    report.print_experiment(found, _console())
+    if options.plot is not None:
+        from .experiment import plot
+
+        plot.save(found, options.plot)
+    return _judge(found)
+
+
+# ---- kvcomp quality
+
+
+def _add_quality(commands: Any) -> None:
+    quality = commands.add_parser(
+        "quality",
+        help="several ratios, or experiment files, beside the uncompressed cache",
+        description="Measures bf16 against every ratio (the plan chooses tokens and bits by itself) and every "
+        "experiment file, on the same questions and text.",
+    )
+    quality.add_argument("--ratios", nargs="+", type=float, default=[4.0, 8.0, 12.0], help="default: 4 8 12")
+    quality.add_argument("--configs", nargs="+", type=Path, default=[], help="experiment files, besides")
+    quality.add_argument("--output", "--report-path", type=Path, help="write the results here, as JSON")
+    _add_workload(quality)
+    quality.set_defaults(run=_quality)
+
+
+def _quality(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .eval.quality import Method
+    from .experiment import config as experiment
+    from .experiment import report, runner
+    from .policy import Policy
+
+    if options.output is not None:
+        results.check_writable(options.output, "quality: --output")
+    # A table of several methods is read closely: more contexts and questions than one run asks.
+    workload = _workload(options, aware=12, agnostic=4, questions=16, windows=8)
+    methods = [
+        Method(f"{ratio:g}x", ratio, Policy(target_ratio=ratio, seed=workload.seed))
+        for ratio in dict.fromkeys(options.ratios)
+    ]
+    for path in options.configs:
+        config = experiment.load(path)
+        runner.refuse_metrics(config)
+        policy = experiment.to_policy(config, prompt_tokens=workload.length, seed=workload.seed)
+        methods.append(Method(path.stem, config.budget.target_compression_ratio, policy))
+    found, kept = runner.compare(
+        _subject(options, None), workload, methods, command=command, report=options.output, track=_track("measuring")
+    )
+    if options.output is not None:
+        results.write(options.output, found)
+    kept.finish()
+    for title, rows in (("quality", report.quality_rows), ("by task", report.task_rows)):
+        report.print_rows(*rows(found), _console(), title)
+    return _judge(found)
+
+
+# ---- kvcomp bench
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="speed, beside rivals and ceilings of the same run")
+    operations = bench.add_subparsers(required=True, metavar="OPERATION")
+    attend = operations.add_parser("attend", help="decode attention over packed pages against torch's bf16 attention")
+    attend.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    attend.add_argument("--output", type=Path, help="write the results here, as JSON")
+    attend.add_argument("--tokens", type=int, default=16384, help="tokens in the cache (default: 16384)")
+    attend.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], default=[2, 3, 4, 8, 16])
+    attend.add_argument("--samples", type=int, default=30, help="of every cell (default: 30)")
+    attend.add_argument("--seed", type=int, default=0)
+    attend.set_defaults(run=_bench_attend)
+
+
+def _bench_attend(options: argparse.Namespace, command: str) -> int:
+    if options.device == "cuda":
+        raise NotImplementedError("bench: --device: expected cpu, as attend has no CUDA kernel yet, got cuda")
+    from . import results
+    from .bench import attend
+    from .experiment import report
+
+    if options.output is not None:
+        results.check_writable(options.output, "bench: --output")
+    found = attend.bench(
+        command=command, tokens=options.tokens, bits=options.bits, samples=options.samples, seed=options.seed
+    )
+    if options.output is not None:
+        results.write(options.output, found)
+    title = f"attention of one decode step, {options.tokens} tokens, {found['threads']} threads"
+    report.print_rows(*report.attend_rows(found), _console(), title)
+    return _judge(found)
+
+
+# ---- kvcomp tables, kvcomp env
+
+
+def _add_tables(commands: Any) -> None:
+    tables = commands.add_parser("tables", help="make the tables of a README anew from the results files they name")
+    tables.add_argument("files", nargs="*", type=Path, default=[Path("README.md")], help="default: README.md")
+    tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a table differs")
+    tables.set_defaults(run=_tables)
+
+
+def _tables(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .experiment import tables
+
+    made = {path: tables.render(path.read_text(encoding="utf-8"), path.parent) for path in options.files}
+    differing = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+    for path in differing:
+        if options.check:
+            print(f"kvcomp: tables: {path}: a table differs from its results file (make it anew: kvcomp tables {path})",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            results.write_text(path, made[path])
+    return 1 if options.check and differing else 0
+
+
+def _env(options: argparse.Namespace, command: str) -> int:
+    from .env import print_environment
+
+    print_environment()
+    return 0
+
+
+# ---- shared
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Off a terminal Rich would cut tables to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _judge(found: dict[str, Any]) -> int:
+    """1 where a cell has no error or one over its bound, each said in a sentence."""
+    from . import results
+
+    failures = results.failures(found)
+    for sentence in failures:
+        print(f"kvcomp: {sentence}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def _status(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that says what is being done; elsewhere nothing."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda doing: None
+        return
+    with console.status(title) as status:
+        yield lambda doing: status.update(f"{title}: {doing}")
+
+
+def _track(title: str) -> Any:
+    """Progress on a terminal; elsewhere nothing. What it returns is experiment.runner's ``Track``."""
+
+    @contextlib.contextmanager
+    def track(total: int, before: int) -> Iterator[Callable[[str], None]]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        if before:
+            console.print(f"{before} of {total} units were measured before", highlight=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[unit]}"),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task(title, total=total, unit="")
+
+            def advance(name: str) -> None:
+                progress.update(bar, advance=1, unit=name)
+
+            yield advance
+
+    return track

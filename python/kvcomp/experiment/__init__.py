@@ -1,0 +1,1 @@
+"""Experiments described by a YAML file: configuration, measuring, reports, plots and tables."""

@@ -1,0 +1,36 @@
+"""Tables in Markdown files, made from results files and from nothing else.
+
+A table stands between two comments, the first of which names it: ``<!-- table: quality -->`` and ``<!-- /table -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .. import results
+from .report import ROWS, markdown
+
+# Name of a table -> the results file it is made from, and that file's kind.
+SOURCES = {
+    "quality": (Path("experiments/results/tiny_quality.json"), "quality"),
+    "tasks": (Path("experiments/results/tiny_quality.json"), "quality"),
+    "attend": (Path("experiments/results/cpu/attend.json"), "attend"),
+}
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+def render(text: str, folder: Path) -> str:
+    """The text with every table made anew from the results files under ``folder``.
+
+    ValueError for a table of an unknown name, or a file that is no results file of its kind; OSError without a file.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, _, end = match.groups()
+        if name not in SOURCES:
+            raise ValueError(f"tables: {name}: expected a table named {', '.join(SOURCES)}, got another")
+        path, kind = SOURCES[name]
+        return begin + markdown(*ROWS[name](results.read(folder / path, kind=kind))) + end
+
+    return _TABLE.sub(table, text)
