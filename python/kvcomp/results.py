@@ -65,7 +65,8 @@ def versions() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree this module lies in, with ``+changes`` where tracked files differ from it."""
+    """Commit of the source tree this module lies in, with ``+changes`` where tracked files differ from it; in a copy
+    without its history what ``KVCOMP_GIT_COMMIT`` says, or nothing."""
     here = Path(__file__)
     run = functools.partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
     try:
@@ -73,7 +74,7 @@ def _git_commit() -> str | None:
         commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
         changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("KVCOMP_GIT_COMMIT")
     return commit + ("+changes" if changed else "")
 
 
