@@ -1,0 +1,397 @@
+"""append: rows into 16-bit tails, and tails into packed pages, step by step as append.h says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvcomp import _C
+from reference import (
+    BFLOAT16,
+    CLASSES,
+    FLOAT16,
+    GROUPS,
+    PAGE,
+    PLAIN,
+    SEARCH,
+    UNIT,
+    Array,
+    Layout,
+    Options,
+    aligned,
+    clamp,
+    from_half,
+    pack_page,
+    page_bytes,
+    rotate,
+    to_half,
+)
+
+LAYOUT = Layout(64, 64, 1, FLOAT16)
+
+
+class Cache:
+    """append's arguments, and beside them what the contract's text makes of the same calls."""
+
+    def __init__(
+        self, layout: Layout, bits: tuple[int, int], window: int, b: int, h: int, o: Options = PLAIN, capacity: int = 40
+    ) -> None:
+        self.layout, self.bits, self.window, self.b, self.h, self.o = layout, bits, window, b, h, o
+        n = b * h
+        self.table = np.zeros((n, capacity), np.uint64)
+        self.lists = np.zeros((n, 4), np.int32)
+        self.sizes = page_bytes(layout, 16, 16), page_bytes(layout, *bits)
+        most = 4 * n * capacity
+        self.arena = aligned(most * self.sizes[0] + n * capacity * self.sizes[1])
+        tails = np.random.default_rng(0).permutation(most) * (self.sizes[0] // UNIT)
+        packed = (most * self.sizes[0] + np.arange(n * capacity) * self.sizes[1]) // UNIT
+        self.pools = tails.astype(np.uint32), packed.astype(np.uint32)
+        self.counts = np.array([most, n * capacity], np.int32)
+        # the model: packed pages and tail of every list, rows as they were handed in
+        self.packed: list[list[bytes]] = [[] for _ in range(n)]
+        self.tail: list[list[tuple[Array, Array]]] = [[] for _ in range(n)]
+
+    def arguments(self, keys: Any, values: Any, valid: Any = None) -> list[Any]:
+        return [
+            self.arena,
+            self.table,
+            self.lists,
+            *self.pools,
+            self.counts,
+            keys,
+            values,
+            valid,
+            self.layout,
+            *self.bits,
+            self.window,
+            *self.o,
+        ]
+
+    def append(self, keys: Array, values: Array, valid: Any = None) -> None:
+        _C.append(*self.arguments(keys, values, None if valid is None else np.array(valid, np.int32)))
+        q = keys.shape[2]
+        for i in range(self.b * self.h):
+            for j in range(q - (q if valid is None else valid[i // self.h]), q):
+                self.add(i, keys[i // self.h, i % self.h, j], values[i // self.h, i % self.h, j])
+
+    def add(self, i: int, key: Array, value: Array) -> None:
+        while self.bits != (16, 16) and len(self.tail[i]) >= self.window + 64:
+            aged, self.tail[i] = self.tail[i][:64], self.tail[i][64:]
+            numbers = 64 * len(self.packed[i]) + np.arange(64)
+            rows = (np.stack(part) for part in zip(*aged, strict=True))
+            self.packed[i].append(pack_page(*rows, *self.bits, self.layout, self.o._replace(rotation=0), i, numbers))
+        pair = [np.asarray(row, np.float32)[None] for row in (key, value)]
+        if self.o.rotation:
+            pair = [rotate(clamp(row)) for row in pair]
+        self.tail[i].append(tuple(from_half(to_half(row, self.layout.half), self.layout.half)[0] for row in pair))
+
+    def check(self) -> None:
+        """Every page, entry, state and pool is what the text says; no page is in two places."""
+        units: dict[bool, list[int]] = {
+            True: list(self.pools[0][: self.counts[0]]),
+            False: list(self.pools[1][: self.counts[1]]),
+        }
+        for i, (packed, tail) in enumerate(zip(self.packed, self.tail, strict=True)):
+            pages = [tail[j : j + 16] for j in range(0, len(tail), 16)]
+            state = [len(packed) + len(pages), len(packed), len(tail), 64 * len(packed) + len(tail)]
+            assert self.lists[i].tolist() == state
+            entries = self.table[i, : state[0]].view(PAGE)
+            for entry, data in zip(entries, packed, strict=False):
+                assert entry.tolist()[1:] == (*self.bits, 64, 0)
+                assert self.bytes_at(entry, 1) == data
+                units[False].append(int(entry["unit"]))
+            for entry, page in zip(entries[len(packed) :], pages, strict=True):
+                assert entry.tolist()[1:] == (16, 16, len(page), 0)
+                rows = (np.stack(part) for part in zip(*page, strict=True))
+                assert self.bytes_at(entry, 0) == pack_page(*rows, 16, 16, self.layout, Options(0))
+                units[True].append(int(entry["unit"]))
+        for is_tail, found in units.items():
+            assert len(set(found)) == len(found) == (4 if is_tail else 1) * self.table.size
+
+    def bytes_at(self, entry: Any, kind: int) -> bytes:
+        first = int(entry["unit"]) * UNIT
+        return self.arena[first : first + self.sizes[kind]].tobytes()
+
+    def state(self) -> list[bytes]:
+        return [x.tobytes() for x in (self.arena, self.table, self.lists, *self.pools, self.counts)]
+
+
+def rows_of(random: np.random.Generator, *shape: int) -> Array:
+    return random.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", CLASSES)
+def test_token_by_token(bits: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    cache = Cache(LAYOUT, bits, window=5, b=1, h=2)
+    keys, values = rows_of(random, 1, 2, 140, 64), rows_of(random, 1, 2, 140, 64)
+    for j in range(140):
+        cache.append(keys[:, :, j : j + 1], values[:, :, j : j + 1])
+        if j in (0, 15, 16, 63, 64, 68, 69, 70, 132, 133, 134):
+            cache.check()
+    cache.check()
+    expected = 0 if bits == (16, 16) else 2  # flushed when the 70th and the 134th token came
+    assert [len(pages) for pages in cache.packed] == [expected] * 2
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_random_appends(data: st.DataObject) -> None:
+    head_dim, group = data.draw(st.sampled_from(GROUPS[:9]))
+    layout = Layout(head_dim, group, data.draw(st.integers(0, 1)), data.draw(st.sampled_from([FLOAT16, BFLOAT16])))
+    b, h = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    o = Options(*(data.draw(st.integers(0, most)) for most in (1, 2, 1, 5, 1 << 40)))
+    cache = Cache(layout, data.draw(st.sampled_from(CLASSES)), data.draw(st.sampled_from([0, 1, 16, 40, 100])), b, h, o)
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        q = data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 90]))
+        valid = data.draw(st.none() | st.lists(st.integers(0, q), min_size=b, max_size=b))
+        keys, values = rows_of(random, b, h, q, head_dim), rows_of(random, b, h, q, head_dim)
+        if valid is not None:
+            for i, count in enumerate(valid):
+                keys[i, :, : q - count] = np.nan  # padding is not looked at
+                values[i, :, : q - count] = np.inf
+        cache.append(keys, values, valid)
+    cache.check()
+
+
+@pytest.mark.parametrize("window", [0, 1, 63, 64, 100])
+@pytest.mark.parametrize("q", [1, 7, 64, 200])
+def test_the_newest_tokens_stay_at_16_bits(window: int, q: int) -> None:
+    """After every call, window + 1 .. window + 64 tokens of a long list are in its tail."""
+    cache = Cache(LAYOUT, (2, 2), window, 1, 1)
+    rows = np.zeros((1, 1, q, 64), np.float32)
+    for _ in range(420 // q):
+        before = int(cache.lists[0, 2])
+        cache.append(rows, rows)
+        tail, tokens = int(cache.lists[0, 2]), int(cache.lists[0, 3])
+        assert tail == tokens if tokens <= window + 64 else window < tail <= window + 64
+        assert q > 1 or tail == before + 1 or before == window + 64
+    cache.check()
+
+
+def test_pages_stay_in_the_order_of_arrival() -> None:
+    random = np.random.default_rng(1)
+    cache = Cache(LAYOUT, (8, 8), 10, 1, 1)
+    keys = np.arange(200, dtype=np.float32)[None, None, :, None] + 0.01 * rows_of(random, 1, 1, 200, 64)
+    for start in range(0, 200, 40):
+        cache.append(keys[:, :, start : start + 40], keys[:, :, start : start + 40])
+    pages, _, _, tokens = cache.lists[0]
+    entries = cache.table[0, :pages].view(PAGE)
+    ends = np.cumsum(entries["tokens"])
+    out = [np.zeros((1, 1, 200, 64), np.float32) for _ in range(2)]
+    _C.unpack(
+        *out,
+        cache.arena,
+        cache.table[0, :pages],
+        np.zeros(pages, np.int32),
+        (ends - entries["tokens"]).astype(np.int32),
+        np.arange(200, dtype=np.int32),
+        LAYOUT,
+        1,
+    )
+    assert tokens == 200 and np.array_equal(out[0][0, 0].mean(1).round(), np.arange(200))
+
+
+def test_exact_as_pack_without_rotation() -> None:
+    """fp16 rows that have gone through a tail give the page that pack makes of them."""
+    rows = rows_of(np.random.default_rng(2), 1, 1, 65, 64).astype(np.float16)
+    cache = Cache(LAYOUT, (3, 4), 0, 1, 1, Options(0, SEARCH, 1, 4, 17))
+    cache.append(rows, rows)
+    arena = aligned(cache.sizes[1])
+    _C.pack(
+        arena,
+        rows,
+        rows,
+        np.array([3 << 32 | 4 << 40 | 64 << 48], np.uint64),
+        np.zeros(1, np.int32),
+        np.zeros(1, np.int32),
+        np.arange(64, dtype=np.int32),
+        LAYOUT,
+        *cache.o,
+    )
+    assert cache.bytes_at(cache.table[0, :1].view(PAGE)[0], 1) == arena.tobytes()
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_input_types_and_strides(kind: Any) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    random = np.random.default_rng(3)
+    memory = rows_of(random, 2, 70, 2, 64).astype(kind)
+    strided = memory.transpose(0, 2, 1, 3)
+    caches = [Cache(Layout(64, 64, 1, BFLOAT16), (4, 4), 0, 2, 2) for _ in range(2)]
+    caches[0].append(strided, strided)
+    caches[0].check()
+    tensor = torch.from_numpy(strided.astype(np.float32)).to(getattr(torch, np.dtype(kind).name)).transpose(1, 2)
+    tensor = tensor.contiguous().transpose(1, 2)
+    _C.append(*caches[1].arguments(tensor, tensor))
+    assert caches[0].state() == caches[1].state()
+
+
+# ---- how many pages
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 200), st.booleans())
+def test_need(tail: int, q: int, window: int, packs: bool) -> None:
+    """Walks through the contract's loop, counting pages."""
+    need = _C.append_need(tail, q, window, packs)
+    pages = start = -(-tail // 16)
+    peak = flushes = 0
+    for _ in range(q):
+        while packs and tail >= window + 64:
+            tail, pages, flushes = tail - 64, pages - 4, flushes + 1
+        pages += tail % 16 == 0
+        tail += 1
+        peak = max(peak, pages - start)
+    assert need == (peak, flushes)
+
+
+def filled(tokens: int, window: int = 0, h: int = 1) -> Cache:
+    cache = Cache(LAYOUT, (4, 2), window, 1, h)
+    rows = rows_of(np.random.default_rng(4), 1, h, tokens, 64)
+    cache.append(rows, rows)
+    return cache
+
+
+def test_just_enough_pages() -> None:
+    """With exactly the pages that append_need states it works, with one less of either kind it changes nothing."""
+    row = np.ones((1, 1, 65, 64), np.float32)
+    for tokens in (1, 16, 63, 64, 65):
+        need = _C.append_need(filled(tokens).lists[0, 2], 65, 0, True)
+        for short in ((0, 0), (1, 0), (0, 1)):
+            cache = filled(tokens)
+            cache.counts[:] = np.subtract(need, short)
+            before = cache.state()
+            if short == (0, 0):
+                _C.append(*cache.arguments(row, row))
+                assert cache.counts[1] == 0
+            elif min(cache.counts) >= 0:
+                with pytest.raises(
+                    ValueError,
+                    match=r"^append: pool: expected \d+ tail and \d+ packed pages for list 0, got \d+ and \d+$",
+                ):
+                    _C.append(*cache.arguments(row, row))
+                assert cache.state() == before
+
+
+def test_what_one_list_gives_back_serves_the_next() -> None:
+    cache = filled(64, h=3)
+    cache.counts[:] = 1, 3  # each list flushes four pages before it takes one
+    row = np.ones((1, 3, 1, 64), np.float32)
+    _C.append(*cache.arguments(row, row))
+    assert cache.counts.tolist() == [1 + 3 * 3, 0] and (cache.lists == [2, 1, 1, 65]).all()
+
+
+# ---- refusals: one sentence, nothing changed
+
+
+def test_not_finite_changes_nothing() -> None:
+    cache = filled(70, h=2)
+    before = cache.state()
+    rows = np.ones((1, 2, 3, 64), np.float32)
+    for bad in (np.nan, np.inf):
+        broken = rows.copy()
+        broken[0, 1, 2, 7] = bad
+        for pair, name in (((broken, rows), "keys"), ((rows, broken), "values")):
+            with pytest.raises(
+                ValueError, match=rf"^append: {name}: expected finite values, got NaN or Inf in row 2 of list 1$"
+            ):
+                _C.append(*cache.arguments(*pair))
+            assert cache.state() == before
+
+
+def change(cache: Cache, what: str) -> list[Any]:
+    """Arguments with one thing wrong."""
+    row = np.ones((1, 1, 30, 64), np.float32)
+    arguments = cache.arguments(row, row)
+    entry = cache.table[0, int(cache.lists[0, 1]) :].view(PAGE)
+    if what == "tail page beyond the arena":
+        entry["unit"][0] = 2**32 - 1
+    elif what == "tail page of another class":
+        entry["k_bits"][0] = 4
+    elif what == "tail page with other tokens":
+        entry["tokens"][0] = 3
+    elif what == "tail tokens":
+        cache.lists[0, 2] = 2**31 - 1
+    elif what == "tail page index":
+        cache.lists[0, 1] = 2**31 - 1
+    elif what == "negative pages":
+        cache.lists[0, 0] = -1
+    elif what == "tokens":
+        cache.lists[0, 3] = 2**31 - 5
+    elif what == "pool beyond the arena":
+        cache.pools[1][int(cache.counts[1]) - 1] = 2**32 - 1
+    elif what == "negative counts":
+        cache.counts[1] = -1
+    elif what == "counts beyond the pool":
+        cache.counts[0] = 2**31 - 1
+    elif what == "valid":
+        arguments[8] = np.array([31], np.int32)
+    elif what == "negative valid":
+        arguments[8] = np.array([-1], np.int32)
+    elif what == "shape of valid":
+        arguments[8] = np.array([3, 3], np.int32)
+    elif what == "full table":
+        arguments[1] = np.ascontiguousarray(cache.table[:, : int(cache.lists[0, 0])])
+    elif what == "small pool array":
+        arguments[3] = cache.pools[0][:5].copy()
+        cache.counts[0] = 5
+    elif what == "bits":
+        arguments[10] = 7
+    elif what == "window":
+        arguments[12] = -1
+    elif what == "heads":
+        arguments[6] = arguments[7] = np.ones((1, 2, 30, 64), np.float32)
+    elif what == "channels":
+        arguments[6] = np.ones((1, 1, 30, 128), np.float32)[..., ::2]
+    elif what == "type":
+        arguments[6] = row.astype(np.float64)
+    elif what == "read-only table":
+        arguments[1] = cache.table.view()
+        arguments[1].flags.writeable = False
+    elif what == "overlap":
+        arguments[3] = arguments[4]
+    return arguments
+
+
+TAIL = "table: expected a tail page of 16 tokens in the arena, got K {}, V 16, {} tokens at unit {} in list 0"
+STATE = "lists: expected a consistent state, got pages {}, tail_page {}, tail_tokens {} in list 0"
+REFUSED = {
+    "tail page beyond the arena": TAIL.format(16, 16, 4294967295),
+    "tail page of another class": TAIL.format(4, 16, r"\d+"),
+    "tail page with other tokens": TAIL.format(16, 3, r"\d+"),
+    "tail tokens": STATE.format(3, 1, 2147483647),
+    "tail page index": STATE.format(3, 2147483647, 30),
+    "negative pages": STATE.format(-1, 1, 30),
+    "tokens": r"keys: expected fewer than 2\^31 tokens, got 2147483643 and 30 more",
+    "pool beyond the arena": r"pool: expected pages inside the arena's \d+ bytes, got unit 4294967295",
+    "negative counts": r"counts: expected 0\.\.160 and 0\.\.40, got 158 and -1",
+    "counts beyond the pool": r"counts: expected 0\.\.160 and 0\.\.40, got 2147483647 and 39",
+    "valid": r"valid: expected 0\.\.30, got 31",
+    "negative valid": r"valid: expected 0\.\.30, got -1",
+    "shape of valid": r"valid: expected shape \(1,\), got \(2,\)",
+    "full table": "table: expected room for 2 more pages in list 0, got capacity 3 with 3 in use",
+    "small pool array": "pool_tail: expected room for all 7 tail pages, its own and the lists', got 5",
+    "bits": "bits: expected 2, 3, 4, 8 or 16, got K 7, V 2",
+    "window": r"window: expected an integer in 0\.\.16777216, got -1",
+    "heads": r"table: expected shape \(2, \*\), got \(1, 40\)",
+    "channels": r"keys: expected contiguous channels \(last stride 1\), got last stride 2",
+    "type": "keys: expected float32, float16 or bfloat16, got float64",
+    "read-only table": "table: expected a writable tensor, got a read-only one",
+    "overlap": "pool_tail: expected memory of its own, got an overlap with pool_packed",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    cache = filled(94)
+    arguments = change(cache, what)
+    before = cache.state()
+    with pytest.raises((ValueError, TypeError), match=rf"^append: {REFUSED[what]}$"):
+        _C.append(*arguments)
+    assert cache.state() == before

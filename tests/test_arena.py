@@ -1,0 +1,251 @@
+"""Arena: pages are taken and given back, memory returns to the system, and a wrong unit changes nothing (arena.h)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kvcomp import _C
+
+UNIT, MEMORY_PAGE = 128, 4096
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * MEMORY_PAGE
+
+
+def units(*values: int) -> np.ndarray:
+    return np.array(values, np.uint32)
+
+
+def rounded(nbytes: int) -> int:
+    return -(-nbytes // MEMORY_PAGE) * MEMORY_PAGE
+
+
+def write(arena: _C.Arena, page_units: np.ndarray, value: float) -> None:
+    """Fills pages of class (16, 16), 64 channels, with one value."""
+    n = len(page_units)
+    pages = np.zeros(n, np.dtype([("unit", "<u4"), ("k", "u1"), ("v", "u1"), ("tokens", "u1"), ("flags", "u1")]))
+    pages["unit"], pages["k"], pages["v"], pages["tokens"] = page_units, 16, 16, 16
+    rows, zeros = np.full((1, 1, 16, 64), value, np.float32), np.zeros(n, np.int32)
+    _C.pack(
+        arena,
+        rows,
+        rows,
+        pages.view(np.uint64),
+        zeros,
+        zeros,
+        np.arange(16, dtype=np.int32),
+        (64, 64, 1, 1),
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
+
+
+def read(arena: _C.Arena, unit: int) -> set[float]:
+    """The values in one such page."""
+    page, zeros = np.array([unit | 16 << 32 | 16 << 40 | 16 << 48], np.uint64), np.zeros(1, np.int32)
+    keys, values = np.zeros((1, 1, 16, 64), np.float32), np.zeros((1, 1, 16, 64), np.float32)
+    _C.unpack(keys, values, arena, page, zeros, zeros, np.arange(16, dtype=np.int32), (64, 64, 1, 1), 0)
+    return set(np.concatenate([keys, values]).ravel().tolist())
+
+
+SIZE = _C.page_bytes((64, 64, 1, 1), 16, 16)
+
+
+def test_pages_do_not_overlap_and_slabs_are_whole_memory_pages() -> None:
+    arena = _C.Arena(1 << 30)
+    assert arena.nbytes == arena.used == 0
+    spans = []
+    nbytes = used = 0
+    for page_bytes, count in ((128, 3), (4096, 2), (1152, 100), (5376, 7), (1 << 20, 1)):
+        for unit in arena.alloc(page_bytes, count):
+            spans.append((int(unit) * UNIT, int(unit) * UNIT + page_bytes))
+        nbytes, used = nbytes + rounded(page_bytes * count), used + page_bytes * count
+        assert (arena.nbytes, arena.used) == (nbytes, used)
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_free_space_of_slabs_is_used_first() -> None:
+    arena = _C.Arena(1 << 30)
+    first = arena.alloc(1152, 10)
+    arena.free(1152, first[2:7].copy())
+    nbytes = arena.nbytes
+    again = arena.alloc(1152, 5)
+    assert arena.nbytes == nbytes and set(again.tolist()) == set(first[2:7].tolist())
+    more = arena.alloc(1152, 1)
+    assert arena.nbytes == nbytes + rounded(1152) and int(more[0]) not in first
+
+
+def test_memory_is_given_back() -> None:
+    """64 MiB written and freed: the process shrinks by it, and the address space is there again."""
+    arena = _C.Arena(1 << 30)
+    pages = arena.alloc(SIZE, (64 << 20) // SIZE)
+    before = resident()
+    write(arena, pages, 1.5)
+    full = resident()
+    assert full - before > 60 << 20
+    arena.free(SIZE, pages)
+    assert arena.nbytes == arena.used == 0
+    assert full - resident() > 60 << 20
+    again = arena.alloc(SIZE, len(pages))
+    assert sorted(again.tolist()) == sorted(pages.tolist())
+    assert read(arena, int(again[5])) == {0.0}, "what was freed is still there"
+
+
+def test_reserving_takes_no_memory_and_dropping_gives_all_back() -> None:
+    before = resident()
+    arenas = [_C.Arena() for _ in range(20)]
+    assert resident() - before < 4 << 20
+    for arena in arenas:
+        write(arena, arena.alloc(SIZE, 1000), 1.0)
+    assert resident() - before > 20 * 1000 * SIZE * 0.9
+    del arenas, arena
+    assert resident() - before < 8 << 20
+
+
+def test_live_pages_stay_where_they_are() -> None:
+    arena = _C.Arena(1 << 30)
+    kept = arena.alloc(SIZE, 50)
+    for i, unit in enumerate(kept):
+        write(arena, units(unit), i)
+    for _ in range(10):
+        other = arena.alloc(SIZE, 100)
+        write(arena, other, -1.0)
+        arena.free(SIZE, other)
+    assert [read(arena, int(unit)) for unit in kept] == [{float(i)} for i in range(50)]
+
+
+def test_copy() -> None:
+    arena = _C.Arena(1 << 30)
+    pages = arena.alloc(SIZE, 4)
+    for i, unit in enumerate(pages):
+        write(arena, units(unit), i)
+    arena.copy(SIZE, pages[:2].copy(), pages[2:].copy())
+    assert [read(arena, int(unit)) for unit in pages] == [{0.0}, {1.0}, {0.0}, {1.0}]
+    arena.copy(SIZE, pages[:3].copy(), pages[1:].copy())  # one after the other
+    assert [read(arena, int(unit)) for unit in pages] == [{0.0}] * 4
+    for source, target, name in ((units(1 << 20), pages[:1], "source"), (pages[:1], units(pages[0] + 1), "target")):
+        with pytest.raises(ValueError, match=rf"^arena: {name}: expected live pages of {SIZE} bytes, got unit \d+$"):
+            arena.copy(SIZE, source, target.copy())
+    with pytest.raises(ValueError, match=r"^arena: target: expected shape \(2,\), got \(1,\)$"):
+        arena.copy(SIZE, pages[:2].copy(), pages[:1].copy())
+
+
+@pytest.mark.parametrize("wrong", ["freed before", "twice at once", "another size", "inside a page", "far away"])
+def test_a_wrong_unit_frees_nothing(wrong: str) -> None:
+    arena = _C.Arena(1 << 30)
+    arena.alloc(256, 3)
+    pages = arena.alloc(512, 20)
+    gone = arena.alloc(512, 20)
+    arena.free(512, gone)
+    size, bad = 512, int(gone[0])
+    if wrong == "twice at once":
+        bad = int(pages[3])
+    elif wrong == "another size":
+        size, bad = 256, int(pages[3])
+    elif wrong == "inside a page":
+        bad = int(pages[3]) + 1
+    elif wrong == "far away":
+        bad = 2**32 - 1
+    good = pages[:10] if wrong != "another size" else units()
+    state = arena.nbytes, arena.used
+    with pytest.raises(ValueError, match=rf"^arena: units: expected live pages of {size} bytes, got unit {bad}$"):
+        arena.free(size, np.append(good, units(bad)))
+    assert (arena.nbytes, arena.used) == state
+    arena.free(512, pages)
+    assert arena.used == 3 * 256
+
+
+def test_out_of_room_takes_nothing() -> None:
+    arena = _C.Arena(1 << 20)
+    arena.alloc(1 << 19, 1)
+    state = arena.nbytes, arena.used
+    sentence = "arena: expected room for 2 pages of 524288 bytes, got 1048576 bytes reserved and 524288 taken"
+    with pytest.raises(MemoryError, match=rf"^{sentence}$"):
+        arena.alloc(1 << 19, 2)
+    assert (arena.nbytes, arena.used) == state
+    arena.alloc(1 << 19, 1)
+    with pytest.raises(MemoryError, match=r"^arena: expected room for 1 pages of 128 bytes, "):
+        arena.alloc(128, 1)
+    assert arena.alloc(128, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, sentence",
+    [
+        ((100, 1), ValueError, "page_bytes: expected a positive multiple of 128, got 100"),
+        ((0, 1), ValueError, r"page_bytes: expected an integer in 1\.\.2147483647, got 0"),
+        ((128, -1), ValueError, r"count: expected an integer in 0\.\.2147483647, got -1"),
+        ((128, 1.0), TypeError, "count: expected an integer, got float"),
+        ((128,), TypeError, "expected 2 positional arguments, got 1"),
+    ],
+)
+def test_alloc_refuses(arguments: tuple[object, ...], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=rf"^arena: {sentence}$"):
+        _C.Arena(1 << 20).alloc(*arguments)  # type: ignore[arg-type]
+
+
+def test_new_refuses() -> None:
+    for arguments in ((1, 2), ("x",), (0,), (-5,)):
+        with pytest.raises((TypeError, ValueError), match=r"^arena: "):
+            _C.Arena(*arguments)
+    with pytest.raises(TypeError, match=r"^arena: expected at most one positional argument, reserve_bytes$"):
+        _C.Arena(reserve_bytes=5)  # type: ignore[call-arg]
+
+
+def test_addresses_beyond_32_bits() -> None:
+    """Pages behind 4 GiB of reserved, untouched pages."""
+    arena = _C.Arena(1 << 36)
+    for gap, value in ((1 << 31, 3.0), (1 << 32, 5.0), (1 << 34, 7.0)):
+        arena.alloc(1 << 30, gap >> 30)
+        far = arena.alloc(SIZE, 2)
+        assert int(far[0]) * UNIT >= gap
+        write(arena, far, value)
+        assert read(arena, int(far[1])) == {value}
+    assert arena.nbytes > 1 << 34
+
+
+class Model(RuleBasedStateMachine):
+    """Random use against a set of spans."""
+
+    @initialize()
+    def start(self) -> None:
+        self.arena = _C.Arena(1 << 24)
+        self.live: dict[int, list[int]] = {}
+
+    @rule(size=st.sampled_from([128, 256, 1152, 4096, 9984]), count=st.integers(0, 40))
+    def alloc(self, size: int, count: int) -> None:
+        self.live.setdefault(size, []).extend(self.arena.alloc(size, count).tolist())
+
+    @precondition(lambda self: any(self.live.values()))
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        size = data.draw(st.sampled_from([size for size, pages in self.live.items() if pages]))
+        chosen = data.draw(st.sets(st.sampled_from(self.live[size]), min_size=1))
+        self.arena.free(size, units(*chosen))
+        self.live[size] = [unit for unit in self.live[size] if unit not in chosen]
+
+    @invariant()
+    def spans(self) -> None:
+        if not hasattr(self, "arena"):
+            return
+        spans = sorted((unit, unit + size // UNIT) for size, pages in self.live.items() for unit in pages)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        used = sum(size * len(pages) for size, pages in self.live.items())
+        assert self.arena.used == used <= self.arena.nbytes
+        assert used or self.arena.nbytes == 0
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
