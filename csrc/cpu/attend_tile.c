@@ -44,17 +44,13 @@ INLINE vf from_half(vu low16, int dtype) {
 
 INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room, int half, int ct, int r) {
     if (bits == 2 || bits == 3) {
-        const int words = 32 * bits;
-        uint32_t low[8], high[4];
-        memcpy(low, w[0] + ct * words + 8 * r, sizeof low);
-        vu v = {low[0], low[0], low[1], low[1], low[2], low[2], low[3], low[3],
-                low[4], low[4], low[5], low[5], low[6], low[6], low[7], low[7]};
+        /* Sixteen words are loaded where eight or four are wanted: what follows a half's codes is its scales. */
+        const uint32_t *const row = w[0] + ct * 32 * bits;
+        vu v = load_words(row + 8 * r), x = {0};
+        v = __builtin_shuffle(v, (vu){0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
         v >>= (vu){0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2};
-        vu x = {0};
         if (bits == 3) {
-            memcpy(high, w[0] + ct * words + 64 + 4 * r, sizeof high);
-            x = (vu){high[0], high[0], high[0], high[0], high[1], high[1], high[1], high[1],
-                     high[2], high[2], high[2], high[2], high[3], high[3], high[3], high[3]};
+            x = __builtin_shuffle(load_words(row + 64 + 4 * r), (vu){0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3});
             x >>= (vu){0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
         }
         for (int e = 0; e < 8; e++) {

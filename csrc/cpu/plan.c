@@ -464,9 +464,10 @@ static kvc_status read_list(const job *j, int64_t i) {
     l->required = (int32_t)kvc_ceil_div(least < candidates ? least : candidates, RUN);
     l->guarded = guard >= candidates ? l->runs : (int32_t)(guard / RUN);
     l->last_tail_bytes =
-        l->runs == 0 ? 0
-                     : (kvc_ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - kvc_ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
-                           j->tail_bytes;
+        l->runs == 0
+            ? 0
+            : (kvc_ceil_div(l->sinks + l->last_tokens, KVC_TAIL_TOKENS) - kvc_ceil_div(l->sinks, KVC_TAIL_TOKENS)) *
+                  j->tail_bytes;
     make_levels(j, i, l);
     KVC_CHECK(
         l->required <= l->guarded || (l->least && l->least != l->whole), KVC_EINVAL,

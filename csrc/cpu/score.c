@@ -77,7 +77,6 @@ typedef struct {
     float *sums;         /* [s]: probability by token */
 } head;
 
-
 static int64_t head_floats(int64_t padded, int64_t s, int64_t d) {
     return kvc_ceil_div(padded * (d + 2 * kvc_ceil_div(s, CHUNK) + 2) + s, LANES) * LANES;
 }

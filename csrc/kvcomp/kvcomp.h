@@ -19,15 +19,15 @@ extern "C" {
 
 typedef enum {
     KVC_OK = 0,
-    KVC_EINVAL,   /* a value out of its range                -> ValueError */
-    KVC_ESHAPE,   /* shapes that do not fit                   -> ValueError */
-    KVC_EDTYPE,   /* an element type that is not taken        -> TypeError */
-    KVC_EDEVICE,  /* a tensor on the wrong device             -> ValueError */
-    KVC_ENOMEM,   /* host or device memory exhausted          -> MemoryError */
-    KVC_ENOTSUP,  /* understood, and not done (yet)           -> NotImplementedError */
-    KVC_ENODEV,   /* CUDA asked for and not there             -> kvcomp.CudaError */
-    KVC_ECUDA,    /* a CUDA call failed                       -> kvcomp.CudaError */
-    KVC_EBUDGET   /* a byte budget below the smallest plan    -> kvcomp.BudgetError (a ValueError) */
+    KVC_EINVAL,  /* a value out of its range                -> ValueError */
+    KVC_ESHAPE,  /* shapes that do not fit                   -> ValueError */
+    KVC_EDTYPE,  /* an element type that is not taken        -> TypeError */
+    KVC_EDEVICE, /* a tensor on the wrong device             -> ValueError */
+    KVC_ENOMEM,  /* host or device memory exhausted          -> MemoryError */
+    KVC_ENOTSUP, /* understood, and not done (yet)           -> NotImplementedError */
+    KVC_ENODEV,  /* CUDA asked for and not there             -> kvcomp.CudaError */
+    KVC_ECUDA,   /* a CUDA call failed                       -> kvcomp.CudaError */
+    KVC_EBUDGET  /* a byte budget below the smallest plan    -> kvcomp.BudgetError (a ValueError) */
 } kvc_status;
 
 typedef enum {
@@ -47,8 +47,8 @@ typedef enum { KVC_CPU = 1, KVC_CUDA = 2 } kvc_device; /* DLPack's numbers */
 /* A borrowed view of somebody else's memory. Strides count elements. data == NULL: an optional argument left out. */
 typedef struct {
     void *data;
-    int32_t dtype;     /* kvc_dtype */
-    int32_t ndim;      /* 0..KVC_MAX_DIMS */
+    int32_t dtype; /* kvc_dtype */
+    int32_t ndim;  /* 0..KVC_MAX_DIMS */
     int64_t shape[KVC_MAX_DIMS];
     int64_t strides[KVC_MAX_DIMS];
     int32_t device;    /* kvc_device */
@@ -66,14 +66,14 @@ const char *kvc_last_error(void);
 struct kvc_pack_args;
 struct kvc_unpack_args;
 typedef struct {
-    uint32_t api_version;                /* KVC_BACKEND_API of the library's build */
-    uint32_t format_version;             /* KVC_FORMAT_VERSION of the library's build */
-    const char *architectures;           /* "90a" or "80,89,90a,100a,ptx80": what the binary holds */
+    uint32_t api_version;                  /* KVC_BACKEND_API of the library's build */
+    uint32_t format_version;               /* KVC_FORMAT_VERSION of the library's build */
+    const char *architectures;             /* "90a" or "80,89,90a,100a,ptx80": what the binary holds */
     int (*device_count)(const char **why); /* >= 0; 0 with a sentence in *why when CUDA cannot be used */
-    int (*runtime_version)(void);        /* CUDART_VERSION of the build */
-    int (*driver_version)(void);         /* 0 without a driver */
+    int (*runtime_version)(void);          /* CUDART_VERSION of the build */
+    int (*driver_version)(void);           /* 0 without a driver */
     const char *(*device_name)(int device, int *compute_capability);
-    const char *(*error)(void);          /* the last failure's sentence on this thread */
+    const char *(*error)(void); /* the last failure's sentence on this thread */
     kvc_status (*pack)(const struct kvc_pack_args *args, kvc_stream stream);
     kvc_status (*unpack)(const struct kvc_unpack_args *args, kvc_stream stream);
 } kvc_backend;

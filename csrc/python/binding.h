@@ -17,11 +17,17 @@
 #include "core/core.h"
 
 #define FRAME_MAX 16
-enum { FRAME_IN = 0, FRAME_OUT = 1, FRAME_OPTIONAL = 2, FRAME_INOUT = 5, FRAME_CUDA = 8 /* CUDA tensors are welcome */ };
+enum {
+    FRAME_IN = 0,
+    FRAME_OUT = 1,
+    FRAME_OPTIONAL = 2,
+    FRAME_INOUT = 5,
+    FRAME_CUDA = 8 /* CUDA tensors are welcome */
+};
 
 typedef struct {
-    PyObject *object;   /* keeps the memory alive */
-    void *managed;      /* DLManagedTensor or DLManagedTensorVersioned to delete, by `versioned` */
+    PyObject *object; /* keeps the memory alive */
+    void *managed;    /* DLManagedTensor or DLManagedTensorVersioned to delete, by `versioned` */
     int versioned;
 } kvc_held;
 
@@ -43,18 +49,18 @@ int frame_int32(kvc_frame *frame, PyObject *object, const char *name, int64_t lo
 int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out);
 int frame_layout(kvc_frame *frame, PyObject *object, kvc_layout *out); /* (head_dim, group, zero_point, half) */
 int frame_check(kvc_frame *frame);
-int frame_count(kvc_frame *frame, Py_ssize_t got, Py_ssize_t want);    /* number of positional arguments */
+int frame_count(kvc_frame *frame, Py_ssize_t got, Py_ssize_t want); /* number of positional arguments */
 kvc_device frame_device(const kvc_frame *frame);
 PyObject *frame_return(kvc_frame *frame);
 
-#define FRAME_RUN(frame, call)                                                                                         \
-    do {                                                                                                               \
-        kvc_status status_;                                                                                            \
-        Py_BEGIN_ALLOW_THREADS status_ = (call);                                                                       \
-        Py_END_ALLOW_THREADS if (status_ != KVC_OK) {                                                                  \
-            raise_status(status_);                                                                                     \
-            (frame)->failed = true;                                                                                    \
-        }                                                                                                              \
+#define FRAME_RUN(frame, call)                        \
+    do {                                              \
+        kvc_status status_;                           \
+        Py_BEGIN_ALLOW_THREADS status_ = (call);      \
+        Py_END_ALLOW_THREADS if (status_ != KVC_OK) { \
+            raise_status(status_);                    \
+            (frame)->failed = true;                   \
+        }                                             \
     } while (0)
 
 /* raise.c: the only map from kvc_status to exceptions; takes kvc_last_error(). Returns NULL. */
@@ -72,6 +78,6 @@ extern PyMethodDef ops_policy_methods[]; /* ops_policy.c: score, select, share, 
 extern PyMethodDef module_methods[];     /* module.c: backend, threads, version */
 /* A new uint32 array of n elements and its memory. */
 PyObject *numpy_uint32(Py_ssize_t n, uint32_t **data);
-int arena_init(PyObject *module);        /* arena_type.c: the type Arena */
+int arena_init(PyObject *module); /* arena_type.c: the type Arena */
 /* The memory of an Arena object as a uint8 tensor, or 1 when it is no Arena. */
 int arena_tensor(PyObject *object, kvc_tensor *out);

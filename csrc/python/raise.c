@@ -21,9 +21,9 @@ PyObject *raise_text(kvc_status status, const char *text) {
 PyObject *raise_status(kvc_status status) { return raise_text(status, kvc_last_error()); }
 
 int raise_init(PyObject *module) {
-    budget_error = PyErr_NewExceptionWithDoc("kvcomp._C.BudgetError",
-                                             "A byte budget below the smallest plan; `least_bytes` is what that one takes.",
-                                             PyExc_ValueError, NULL);
+    budget_error = PyErr_NewExceptionWithDoc(
+        "kvcomp._C.BudgetError", "A byte budget below the smallest plan; `least_bytes` is what that one takes.",
+        PyExc_ValueError, NULL);
     cuda_error = PyErr_NewExceptionWithDoc("kvcomp._C.CudaError", "CUDA is asked for and cannot be used, or failed.",
                                            PyExc_RuntimeError, NULL);
     if (!budget_error || !cuda_error) return -1;

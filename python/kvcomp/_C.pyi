@@ -3,7 +3,7 @@
 Contracts (shapes, units, layout, errors, sources): csrc/kvcomp/<operation>.h.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import numpy as np
 
@@ -15,6 +15,8 @@ class BudgetError(ValueError):
 
 class CudaError(RuntimeError): ...
 
+@final
+@disjoint_base
 class Arena:
     """Page memory on the CPU: address space reserved once, committed slab by slab, given back when a slab is empty."""
 
