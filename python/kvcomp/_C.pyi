@@ -16,7 +16,6 @@ class BudgetError(ValueError):
 class CudaError(RuntimeError): ...
 
 @final
-@disjoint_base
 class Arena:
     """Page memory on the CPU: address space reserved once, committed slab by slab, given back when a slab is empty."""
 
