@@ -6,7 +6,7 @@ import numpy as np
 
 from . import _C
 from .layer_input import Array, LayerInput, first_tokens, to_float32
-from .policy import BITS, Full, Policy, Streaming
+from .policy import AUTOMATIC, BITS, Policy, Streaming
 from .store import PAGE, Coding, workspace
 
 
@@ -18,7 +18,7 @@ def importance_of(layer: LayerInput, policy: Policy) -> Array:
         if not np.isfinite(given).all() or (given < 0).any():
             raise ValueError("compress: importance: expected finite values of 0 or more, got NaN, Inf or less")
         return given
-    select = policy.select if policy.select is not None else Full()
+    select = policy.select if policy.select is not None else AUTOMATIC
     if isinstance(select, Streaming):
         return np.broadcast_to(np.arange(1, s + 1, dtype=np.float32) / max(s, 1), (b, h, s)).copy()
     if layer.queries is None:

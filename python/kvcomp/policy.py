@@ -79,6 +79,11 @@ class SnapKV(Full):
     pool: int = 5
 
 
+# What a byte budget measures importance with where nothing is selected. The wide pool keeps a needle's neighbours with it:
+# on tiny-base at 12x, questions asked after compression are answered as by the uncompressed model, which narrower ones miss.
+AUTOMATIC = SnapKV(pool=15)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
     """SnapKV's scores with budgets that fall from layer to layer; what clipping frees goes to the other layers.
@@ -250,7 +255,7 @@ class Policy:
         if isinstance(self.select, Streaming):
             return 0
         if self.select is None:
-            return 0 if self.fixed_class is not None else Full().window
+            return 0 if self.fixed_class is not None else AUTOMATIC.window
         if self.fixed_class is not None and self.select.keep is None:
             return 0
         return self.select.window
