@@ -79,8 +79,8 @@ class SnapKV(Full):
     pool: int = 5
 
 
-# What a byte budget measures importance with where nothing is selected. The wide pool keeps a needle's neighbours with it:
-# on tiny-base at 12x, questions asked after compression are answered as by the uncompressed model, which narrower ones miss.
+# What a byte budget measures importance with where nothing is selected. The wide pool keeps a needle's neighbours with
+# it: on tiny-base at 12x, questions that come after compression are answered nearly as by the uncompressed model.
 AUTOMATIC = SnapKV(pool=15)
 
 
