@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #define RUN_UNITS 32 /* a slab is a whole number of 4 KiB memory pages */
+#define HUGE_BYTES ((uintptr_t)2 << 20)
 #define FREE_END UINT32_MAX
 #define LIVE (UINT32_MAX - 1)
 
@@ -71,6 +72,13 @@ static void *grown(void *items, size_t *room, size_t wanted, size_t size) {
     return larger;
 }
 
+/* Huge memory pages for the whole ones inside a slab: attention reads gigabytes in order; none is held beyond it. */
+static void use_huge_pages(char *first, int64_t bytes) {
+    const uintptr_t begin = ((uintptr_t)first + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+    const uintptr_t end = ((uintptr_t)first + (uintptr_t)bytes) & ~(HUGE_BYTES - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a hint: failing is as good as not asking */
+}
+
 /* A new slab of `pages` pages, or NULL when memory or address space is out. */
 static slab *slab_create(kvc_arena *arena, uint32_t page_units, int64_t pages) {
     const int64_t units = (pages * page_units + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS;
@@ -93,6 +101,7 @@ static slab *slab_create(kvc_arena *arena, uint32_t page_units, int64_t pages) {
     memmove(slabs + at + 1, slabs + at, (arena->slab_count++ - at) * sizeof *slabs);
     slabs[at] = (slab){first, (uint32_t)units, page_units, (uint32_t)pages, 0, 0, next};
     arena->nbytes += units * KVC_UNIT;
+    use_huge_pages(arena->base + (int64_t)first * KVC_UNIT, units * KVC_UNIT);
     return &slabs[at];
 }
 

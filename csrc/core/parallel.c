@@ -13,7 +13,8 @@
 static pthread_mutex_t job_lock = PTHREAD_MUTEX_INITIALIZER; /* one job at a time */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;     /* guards what follows */
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
-static int workers, wanted, busy;
+static int workers, wanted, busy, caller_cpu = -1;
+static pthread_t threads_of_pool[MAX_THREADS];
 static unsigned long generation;
 static atomic_llong next_index;
 static struct {
@@ -71,6 +72,7 @@ static void parent_after_fork(void) {
 
 static void child_after_fork(void) {
     workers = wanted = busy = 0;
+    caller_cpu = -1;
     pthread_cond_init(&work, NULL);
     pthread_cond_init(&done, NULL);
     pthread_mutex_init(&lock, NULL);
@@ -78,6 +80,18 @@ static void child_after_fork(void) {
 }
 
 static void install_fork_handlers(void) { pthread_atfork(before_fork, parent_after_fork, child_after_fork); }
+
+/* Workers stay off the caller's CPU. A woken thread is otherwise often put there, behind the caller, and the other
+ * CPU's idle balancing finds it milliseconds later: as long as a whole job takes. Called under the lock. */
+static void spread(int first_new) {
+    const int cpu = sched_getcpu();
+    cpu_set_t set;
+    if (cpu < 0 || (cpu == caller_cpu && first_new == workers) || sched_getaffinity(0, sizeof set, &set)) return;
+    if (CPU_COUNT(&set) > 1) CPU_CLR(cpu, &set);
+    for (int i = cpu == caller_cpu ? first_new : 0; i < workers; i++)
+        pthread_setaffinity_np(threads_of_pool[i], sizeof set, &set);
+    caller_cpu = cpu;
+}
 
 void kvc_parallel(int64_t n, int threads, kvc_body *body, void *context) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -91,12 +105,14 @@ void kvc_parallel(int64_t n, int threads, kvc_body *body, void *context) {
     pthread_once(&once, install_fork_handlers);
     pthread_mutex_lock(&job_lock);
     pthread_mutex_lock(&lock);
+    const int had = workers;
     while (workers < threads - 1) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, (void *)(uintptr_t)generation)) break; /* fewer hands, same result */
-        pthread_detach(thread);
+        pthread_t *thread = &threads_of_pool[workers];
+        if (pthread_create(thread, NULL, worker, (void *)(uintptr_t)generation)) break; /* fewer hands, same result */
+        pthread_detach(*thread);
         workers++;
     }
+    spread(had);
     job.body = body;
     job.context = context;
     job.n = n;

@@ -9,6 +9,8 @@ from pathlib import Path
 # Where the size of the last cache cannot be read.
 _CACHE_BYTES = 64 << 20
 
+_PAUSE_SECONDS = 0.02
+
 
 def last_cache_bytes() -> int:
     """Size of the largest cache of core 0, as the kernel states it."""
@@ -26,10 +28,13 @@ def copies(nbytes: int, most: int = 64) -> int:
 
 
 def rotate(calls: Mapping[str, Callable[[int], object]], samples: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Microseconds of each call, ``samples`` times, in turn; each gets a running number to choose its input by."""
+    """Microseconds of each call, ``samples`` times, in turn; each gets a running number to choose its input by.
+
+    A pause before each lets the threads of the call before, which spin for a while after their work, go to sleep."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmup + samples):
         for name, call in calls.items():
+            time.sleep(_PAUSE_SECONDS)
             start = time.perf_counter_ns()
             call(number)
             taken = time.perf_counter_ns() - start
