@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,12 +254,18 @@ def _planned(
         limit -= held - budget
 
 
+def ratio_text(ratio: float) -> str:
+    """A ratio that still works, rounded down to hundredths."""
+    return f"{math.floor(100 * ratio) / 100:.2f}"
+
+
 def _budget_error(least: int, budget: int, layers: Sequence[LayerInput]) -> _C.BudgetError:
     first = first_tokens(layers[0])
     _, _, s, d = layers[0].shape
     whole = int((s - first).sum()) * sum(layer.shape[1] for layer in layers) * d * 4
     error = _C.BudgetError(
-        f"plan: budget: expected at least {least} bytes (a ratio of {whole / least:.3g} or less), got {budget} bytes"
+        f"plan: budget: expected at least {least} bytes (a ratio of {ratio_text(whole / least)} or less), "
+        f"got {budget} bytes"
     )
     error.least_bytes = least
     return error

@@ -9,7 +9,7 @@ import torch
 from ..errors import BudgetWarning
 from ..layer_input import LayerInput
 from ..policy import Policy
-from ..prompt import Packed, compress_prompt
+from ..prompt import Packed, compress_prompt, ratio_text
 from .padding import Padding, Rows, left_padding, new_rows
 
 
@@ -99,7 +99,8 @@ class State:
         if packed.report.over_budget:
             warnings.warn(
                 f"Cache: policy: expected a budget of at least {packed.nbytes} bytes for this prompt (a ratio of "
-                f"{packed.ratio:.3g} or less), got {packed.report.budget_bytes} bytes: the smallest plan is kept",
+                f"{ratio_text(packed.ratio)} or less), got {packed.report.budget_bytes} bytes: "
+                f"the smallest plan is kept",
                 BudgetWarning,
                 stacklevel=2,
             )
