@@ -11,11 +11,12 @@ from pathlib import Path
 from .. import results
 from .report import ROWS, markdown
 
-# Name of a table -> the results file it is made from, and that file's kind.
+# Name of a table -> the results file it is made from, that file's kind, and the rows it shows.
 SOURCES = {
-    "quality": (Path("experiments/results/tiny_quality.json"), "quality"),
-    "tasks": (Path("experiments/results/tiny_quality.json"), "quality"),
-    "attend": (Path("experiments/results/cpu/attend.json"), "attend"),
+    "quality": (Path("experiments/results/tiny_quality.json"), "quality", "quality"),
+    "quality_fresh": (Path("experiments/results/tiny_quality_seed1000.json"), "quality", "quality"),
+    "tasks": (Path("experiments/results/tiny_quality.json"), "quality", "tasks"),
+    "attend": (Path("experiments/results/cpu/attend.json"), "attend", "attend"),
 }
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
@@ -30,7 +31,7 @@ def render(text: str, folder: Path) -> str:
         begin, name, _, end = match.groups()
         if name not in SOURCES:
             raise ValueError(f"tables: {name}: expected a table named {', '.join(SOURCES)}, got another")
-        path, kind = SOURCES[name]
-        return begin + markdown(*ROWS[name](results.read(folder / path, kind=kind))) + end
+        path, kind, rows = SOURCES[name]
+        return begin + markdown(*ROWS[rows](results.read(folder / path, kind=kind))) + end
 
     return _TABLE.sub(table, text)
