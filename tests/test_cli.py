@@ -355,7 +355,7 @@ def test_tables_refuse(tmp_path: Path, report: dict[str, Any], capsys: pytest.Ca
     results.write(found, {**report, "kind": "attend"})
     assert "expected a file of kind quality, got attend" in refused(capsys, tmp_path, "tables", readme)
     readme.write_text("<!-- table: speed -->\n<!-- /table -->\n")
-    assert "expected a table named quality, tasks, attend" in refused(capsys, tmp_path, "tables", readme)
+    assert "expected a table named quality, quality_fresh, tasks, attend" in refused(capsys, tmp_path, "tables", readme)
 
 
 # ---- results files
