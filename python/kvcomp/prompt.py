@@ -109,7 +109,7 @@ def _check(layers: Sequence[LayerInput], policy: Policy) -> Layout:
     return layout
 
 
-def fixed_bits(policy: Policy, kept: Array, fixed: Array, pair: tuple[int, int]) -> tuple[Array, Array]:
+def fixed_bits(kept: Array, fixed: Array, pair: tuple[int, int]) -> tuple[Array, Array]:
     """K and V bits of every token when each list fills pages of one class and leaves the newest rest to its tail."""
     k_bits, v_bits = np.zeros_like(kept), np.zeros_like(kept)
     room = _C.page_tokens(*pair)
@@ -172,7 +172,7 @@ def compress_prompt(
     if pair is not None:
         if pair == (16, 16) and policy.rotation != "none":
             coding = Coding(layout, ROTATIONS["none"], coding.scale, coding.stochastic, coding.seed)
-        bits = [fixed_bits(policy, k, f, pair) for k, f in zip(kept, fixed, strict=True)]
+        bits = [fixed_bits(k, f, pair) for k, f in zip(kept, fixed, strict=True)]
         plans = [paged(k, v, f) for (k, v), f in zip(bits, fixed, strict=True)]
     else:
         budget = policy.budget(bf16_bytes)
