@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = [(d, group) for d in HEAD_DIMS for group in range(16, d + 1, 16) if d % group == 0]
 FLOAT16, BFLOAT16 = 1, 2
 SIGMA, MINMAX, SEARCH = range(3)
+FP16, E5M3 = range(2)
 UNIT = 128
 
 # Words of one lane in one group of tiles, vector by vector.
@@ -31,6 +32,7 @@ class Layout(NamedTuple):
     group: int
     zero_point: int
     half: int
+    scale_dtype: int = FP16
 
 
 # ---- sizes
@@ -43,7 +45,8 @@ def page_tokens(k_bits: int, v_bits: int) -> int:
 def half_bytes(layout: Layout, bits: int, room: int) -> tuple[int, int]:
     """Bytes of codes and of scales of K or V."""
     groups = layout.head_dim // layout.group
-    return room * layout.head_dim * bits // 8, 0 if bits == 16 else room * groups * (4 if layout.zero_point else 2)
+    pair = (2 if layout.zero_point else 1) * (1 if layout.scale_dtype == E5M3 else 2)
+    return room * layout.head_dim * bits // 8, 0 if bits == 16 else room * groups * pair
 
 
 def page_bytes(layout: Layout, k_bits: int, v_bits: int) -> int:
@@ -155,8 +158,49 @@ def from_half(bits: Array, half: int) -> Array:
     return bits.astype(np.uint16).view(np.float16 if half == FLOAT16 else ml_dtypes.bfloat16).astype(np.float32)
 
 
-def stored(x: Array) -> Array:
-    return np.clip(x, np.float32(-65504), np.float32(65504)).astype(np.float16).astype(np.float32)
+E5M3_VALUES = (np.arange(248) << 7).astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def to_e5m3(x: Array) -> Array:
+    """The nearest codes of numbers >= 0; of two, the even one."""
+    above = np.searchsorted(E5M3_VALUES, x.astype(np.float64)).clip(1, 247)
+    low, high = x - E5M3_VALUES[above - 1], E5M3_VALUES[above] - x
+    return np.where((high < low) | (high == low) & (above % 2 == 0), above, above - 1)
+
+
+def stored(scale: Array, zero: Array, scale_dtype: int) -> tuple[Array, Array]:
+    """Scale and zero as float32 of what the layout stores."""
+    if scale_dtype == FP16:
+        return tuple(from_half(to_half(x, FLOAT16), FLOAT16) for x in (scale, zero))
+    far = np.abs(zero)
+    code = to_e5m3(np.fmax(scale, far / np.float32(15.875)))
+    short = far > np.float32(15.875) * E5M3_VALUES[code].astype(np.float32) + np.float32(2.0**-18)
+    code = np.where(short, np.minimum(code + 1, 247), code)
+    scale = E5M3_VALUES[code].astype(np.float32)
+    eighths = np.divide(zero * np.float32(8), scale, out=np.zeros_like(scale), where=scale > 0)
+    return scale, scale * np.rint(np.clip(eighths, -128, 127)) / np.float32(8)
+
+
+def write_scales(scale: Array, zero: Array, layout: Layout) -> bytes:
+    """Stored scales and zeros, both (groups, tokens), as they lie in a page."""
+    if layout.scale_dtype == FP16:
+        parts = scale.astype(np.float16), zero.astype(np.float16)
+    else:
+        z = np.divide(zero * 8, scale, out=np.zeros_like(scale), where=scale > 0)
+        parts = to_e5m3(scale).astype(np.uint8), z.astype(np.int8).view(np.uint8)
+    return np.stack(parts[: 1 + layout.zero_point], -1).tobytes()
+
+
+def read_scales(data: bytes, room: int, layout: Layout) -> tuple[Array, Array]:
+    """Scales and zeros, both (groups, room) float32."""
+    shape = layout.head_dim // layout.group, room, 1 + layout.zero_point
+    if layout.scale_dtype == FP16:
+        parts = np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
+    else:
+        raw = np.frombuffer(data, np.uint8).reshape(shape)
+        scale = E5M3_VALUES[raw[..., 0]].astype(np.float32)
+        parts = np.stack([scale, scale * raw[..., -1].view(np.int8) / np.float32(8)], -1)
+    return parts[..., 0], parts[..., 1] if layout.zero_point else np.zeros_like(parts[..., 0])
 
 
 def middle(bits: int) -> np.float32:
@@ -192,18 +236,18 @@ def decode(codes: Array, scale: Array, zero: Array, bits: int) -> Array:
     return zero[:, None] + scale[:, None] * (codes.astype(np.float32) - middle(bits))
 
 
-def fit(x: Array, bits: int, zero_point: int, kind: int) -> tuple[Array, Array]:
+def fit(x: Array, bits: int, layout: Layout, kind: int) -> tuple[Array, Array]:
     """Scale and zero, as stored, of every row of one group of channels."""
     if kind != SEARCH:
-        scale, zero = (fit_minmax if kind == MINMAX or bits == 8 else fit_sigma)(x, bits, zero_point)
-        return stored(scale), stored(zero)
+        base = fit_minmax if kind == MINMAX or bits == 8 else fit_sigma
+        return stored(*base(x, bits, layout.zero_point), layout.scale_dtype)
     trials = [(fit_sigma, f) for f in (1, 0.8, 0.9, 1.12, 1.25, 1.4)] if bits < 8 else []
     trials += [(fit_minmax, f) for f in (1, 0.9, 0.8, 0.7)]
     best = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
     least = np.full(len(x), np.inf, np.float32)
     for base, factor in trials:
-        scale, zero = base(x, bits, zero_point)
-        scale, zero = stored(scale * np.float32(factor)), stored(zero)
+        scale, zero = base(x, bits, layout.zero_point)
+        scale, zero = stored(scale * np.float32(factor), zero, layout.scale_dtype)
         errors = total((decode(encode(x, scale, zero, bits), scale, zero, bits) - x) ** 2)
         better = errors < least
         least = np.where(better, errors, least)
@@ -259,16 +303,14 @@ def pack_half(
     if bits == 16:
         codes[:n] = to_half(x, layout.half)
         return write_codes(codes, bits, room, is_value)
-    scales = np.zeros((d // layout.group, room, 2 if layout.zero_point else 1), np.float16)
+    scales, zeros = np.zeros((2, d // layout.group, room), np.float32)
     uniform = philox_uniform(o.seed, o.layer, who, 2 * numbers.astype(np.int64) + is_value, d) if o.stochastic else None
     for g in range(d // layout.group):
         part = slice(g * layout.group, (g + 1) * layout.group)
-        scale, zero = fit(x[:, part], bits, layout.zero_point, o.scale)
+        scale, zero = fit(x[:, part], bits, layout, o.scale)
         codes[:n, part] = encode(x[:, part], scale, zero, bits, None if uniform is None else uniform[:, part])
-        scales[g, :n, 0] = scale
-        if layout.zero_point:
-            scales[g, :n, 1] = zero
-    return write_codes(codes, bits, room, is_value) + scales.tobytes()
+        scales[g, :n], zeros[g, :n] = scale, zero
+    return write_codes(codes, bits, room, is_value) + write_scales(scales, zeros, layout)
 
 
 def pack_page(
@@ -301,15 +343,9 @@ def unpack_page(
         if bits == 16:
             x = from_half(codes, layout.half)
         else:
-            scales = np.frombuffer(data[at + code_bytes : at + code_bytes + scale_bytes], np.float16).astype(np.float32)
-            pairs = scales.reshape(layout.head_dim // layout.group, room, -1)[:, :tokens]
-            x = np.concatenate(
-                [
-                    decode(part, pair[:, 0], pair[:, 1] if layout.zero_point else np.zeros(tokens, np.float32), bits)
-                    for part, pair in zip(np.split(codes, len(pairs), 1), pairs, strict=True)
-                ],
-                1,
-            )
+            scales, zeros = read_scales(data[at + code_bytes : at + code_bytes + scale_bytes], room, layout)
+            groups = zip(np.split(codes, len(scales), 1), scales[:, :tokens], zeros[:, :tokens], strict=True)
+            x = np.concatenate([decode(part, scale, zero, bits) for part, scale, zero in groups], 1)
         out.append(rotate(x) if rotation else x)
         at += code_bytes + scale_bytes
     return out[0], out[1]

@@ -1,6 +1,6 @@
-"""What score, select, share, pyramid and plan must give, in NumPy's fp64 and plain Python, straight from the contracts.
+"""What score, norms, accumulate, select, ada, share, pyramid and plan must give, in NumPy's fp64 and plain Python.
 
-Nothing here shares code or structure with csrc: loops over rows, sorted lists and exact fractions.
+Straight from the contracts; nothing here shares code or structure with csrc: loops over rows, sorted lists, fractions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def score(
         for j in range(h):
             heads = range(j * (hq // h), (j + 1) * (hq // h))
             rows = [probabilities(queries[i, g, w - used :], keys[i, j, begin:], scale, softcap) for g in heads]
-            mass = np.mean([np.mean(r, axis=0) if reduce else np.sum(r, axis=0) for r in rows], axis=0)
+            seen = np.count_nonzero(np.arange(s - begin)[None, :] <= np.arange(s - begin)[-used:, None], axis=0)
+            by = {0: 1, 1: used, 2: seen}[reduce]
+            mass = np.mean([np.sum(r, axis=0) / by for r in rows], axis=0)
             out[i, j, begin : s - used] = pooled(mass[:-used], pool, pool_kind)
             out[i, j, s - used :] = pooled(mass[-used:], pool, pool_kind)
     return out
@@ -84,6 +86,28 @@ def score_bound(queries: Array, keys: Array, scale: float) -> float:
     return math.expm1(2 * (d + 2) * 2.0**-24 * abs(scale) * longest) + 1e-6 + 1000 * 2.0**-24
 
 
+def norms(rows: Array, first: Array | None, centered: bool) -> Array:
+    """L2 norms (b,h,s) float64 of rows (b,h,s,d), 0 before first."""
+    b, h, s, _ = rows.shape
+    out = np.zeros((b, h, s))
+    for i in range(b):
+        begin = 0 if first is None else int(first[i])
+        for j in range(h if begin < s else 0):
+            real = rows[i, j, begin:].astype(np.float64)
+            out[i, j, begin:] = np.sqrt(((real - (real.mean(axis=0) if centered else 0)) ** 2).sum(axis=1))
+    return out
+
+
+def accumulate(worth: Array, mass: Array, pages: list[list[int]], keep: float, gain: float) -> Array:
+    """worth (n,c) after mass (n,m), float64; pages: tokens of every page in use, by list."""
+    out = np.zeros(worth.shape)
+    for i, tokens in enumerate(pages):
+        ends = np.cumsum([0, *tokens])
+        for p in range(len(tokens)):
+            out[i, p] = keep * float(worth[i, p]) + gain * math.fsum(mass[i, ends[p] : ends[p + 1]].tolist())
+    return out
+
+
 # ---- select
 
 
@@ -97,6 +121,22 @@ def select(importance: Array | None, keep: int, first: int, s: int, sinks: int, 
     order += others[::-1] if importance is None else sorted(others, key=lambda t: (-float(importance[t]), t))
     kept = np.zeros(s, bool)
     kept[order[:count]] = True
+    return kept
+
+
+def ada(
+    importance: Array, keep: list[int], first: list[int], heads: int, floor: list[int], sinks: int, window: int
+) -> Array:
+    """Kept tokens (n,s) bool."""
+    n, s = importance.shape
+    kept = np.array(
+        [select(importance[i], floor[i // heads], first[i], s, sinks, window) for i in range(n)], bool
+    ).reshape(n, s)
+    for b, most in enumerate(keep):
+        lists = range(b * heads, (b + 1) * heads)
+        others = [(-float(importance[i, t]), i, t) for i in lists for t in range(first[i], s) if not kept[i, t]]
+        for _, i, t in sorted(others)[: max(most - int(kept[list(lists)].sum()), 0)]:
+            kept[i, t] = True
     return kept
 
 
@@ -146,17 +186,18 @@ class Plan:
     allowed: Array
     least_tokens: Array | None = None
     guard: Array | None = None
-    layout: tuple[int, int, int, int] = (128, 128, 1, 1)
+    layout: tuple[int, int, int, int, int] = (128, 128, 1, 1, 0)
     entry_bytes: int = 8
     list_bytes: int = 16
     fixed_class: int = 0
 
     def page_bytes(self, k_bits: int, v_bits: int) -> int:
-        d, group, zero_point, _ = self.layout
+        d, group, zero_point, _, e5m3 = self.layout
+        pair = (2 if zero_point else 1) * (1 if e5m3 else 2)
         tokens = 16 if k_bits == v_bits == 16 else 64
         halves = 0
         for bits in (k_bits, v_bits):
-            halves += tokens * d * bits // 8 + (0 if bits == 16 else tokens * (d // group) * (4 if zero_point else 2))
+            halves += tokens * d * bits // 8 + (0 if bits == 16 else tokens * (d // group) * pair)
         return -(-halves // 128) * 128 + self.entry_bytes
 
     @property

@@ -38,19 +38,33 @@ class Cache:
     """append's arguments, and beside them what the contract's text makes of the same calls."""
 
     def __init__(
-        self, layout: Layout, bits: tuple[int, int], window: int, b: int, h: int, o: Options = PLAIN, capacity: int = 40
+        self,
+        layout: Layout,
+        bits: tuple[int, int] | list[tuple[int, int]],
+        window: int,
+        b: int,
+        h: int,
+        o: Options = PLAIN,
+        capacity: int = 40,
+        aged: list[int] | None = None,
     ) -> None:
-        self.layout, self.bits, self.window, self.b, self.h, self.o = layout, bits, window, b, h, o
+        """``bits``: the class of every list, or classes, of which list i has number ``aged[i]``."""
         n = b * h
+        self.layout, self.window, self.b, self.h, self.o = layout, window, b, h, o
+        self.classes = np.array(bits, np.uint8).reshape(-1, 2)
+        self.aged = np.array(aged or [0] * n, np.uint8)
+        self.bits: list[tuple[int, int]] = [tuple(self.classes[c].tolist()) for c in self.aged]
         self.table = np.zeros((n, capacity), np.uint64)
         self.lists = np.zeros((n, 4), np.int32)
-        self.sizes = page_bytes(layout, 16, 16), page_bytes(layout, *bits)
-        most = 4 * n * capacity
-        self.arena = aligned(most * self.sizes[0] + n * capacity * self.sizes[1])
-        tails = np.random.default_rng(0).permutation(most) * (self.sizes[0] // UNIT)
-        packed = (most * self.sizes[0] + np.arange(n * capacity) * self.sizes[1]) // UNIT
-        self.pools = tails.astype(np.uint32), packed.astype(np.uint32)
-        self.counts = np.array([most, n * capacity], np.int32)
+        most, tail_bytes = 4 * n * capacity, page_bytes(layout, 16, 16)
+        ends = [most * tail_bytes]
+        stacks = [np.random.default_rng(0).permutation(most) * (tail_bytes // UNIT)]
+        for pair in self.classes.tolist():
+            stacks.append((ends[-1] + np.arange(n * capacity) * page_bytes(layout, *pair)) // UNIT)
+            ends.append(ends[-1] + n * capacity * page_bytes(layout, *pair))
+        self.arena = aligned(ends[-1])
+        self.pools = stacks[0].astype(np.uint32), np.stack(stacks[1:]).astype(np.uint32)
+        self.left = np.array([most] + [n * capacity] * len(self.classes), np.int32)
         # the model: packed pages and tail of every list, rows as they were handed in
         self.packed: list[list[bytes]] = [[] for _ in range(n)]
         self.tail: list[list[tuple[Array, Array]]] = [[] for _ in range(n)]
@@ -61,12 +75,13 @@ class Cache:
             self.table,
             self.lists,
             *self.pools,
-            self.counts,
+            self.left,
             keys,
             values,
             valid,
+            self.classes,
+            self.aged,
             self.layout,
-            *self.bits,
             self.window,
             *self.o,
         ]
@@ -79,11 +94,11 @@ class Cache:
                 self.add(i, keys[i // self.h, i % self.h, j], values[i // self.h, i % self.h, j])
 
     def add(self, i: int, key: Array, value: Array) -> None:
-        while self.bits != (16, 16) and len(self.tail[i]) >= self.window + 64:
+        while self.bits[i] != (16, 16) and len(self.tail[i]) >= self.window + 64:
             aged, self.tail[i] = self.tail[i][:64], self.tail[i][64:]
             numbers = 64 * len(self.packed[i]) + np.arange(64)
             rows = (np.stack(part) for part in zip(*aged, strict=True))
-            self.packed[i].append(pack_page(*rows, *self.bits, self.layout, self.o._replace(rotation=0), i, numbers))
+            self.packed[i].append(pack_page(*rows, *self.bits[i], self.layout, self.o._replace(rotation=0), i, numbers))
         pair = [np.asarray(row, np.float32)[None] for row in (key, value)]
         if self.o.rotation:
             pair = [rotate(clamp(row)) for row in pair]
@@ -91,33 +106,31 @@ class Cache:
 
     def check(self) -> None:
         """Every page, entry, state and pool is what the text says; no page is in two places."""
-        units: dict[bool, list[int]] = {
-            True: list(self.pools[0][: self.counts[0]]),
-            False: list(self.pools[1][: self.counts[1]]),
-        }
+        units = [stack[:left].tolist() for stack, left in zip([self.pools[0], *self.pools[1]], self.left, strict=True)]
         for i, (packed, tail) in enumerate(zip(self.packed, self.tail, strict=True)):
             pages = [tail[j : j + 16] for j in range(0, len(tail), 16)]
             state = [len(packed) + len(pages), len(packed), len(tail), 64 * len(packed) + len(tail)]
             assert self.lists[i].tolist() == state
             entries = self.table[i, : state[0]].view(PAGE)
             for entry, data in zip(entries, packed, strict=False):
-                assert entry.tolist()[1:] == (*self.bits, 64, 0)
-                assert self.bytes_at(entry, 1) == data
-                units[False].append(int(entry["unit"]))
+                assert entry.tolist()[1:] == (*self.bits[i], 64, 0)
+                assert self.bytes_at(entry) == data
+                units[1 + self.aged[i]].append(int(entry["unit"]))
             for entry, page in zip(entries[len(packed) :], pages, strict=True):
                 assert entry.tolist()[1:] == (16, 16, len(page), 0)
                 rows = (np.stack(part) for part in zip(*page, strict=True))
-                assert self.bytes_at(entry, 0) == pack_page(*rows, 16, 16, self.layout, Options(0))
-                units[True].append(int(entry["unit"]))
-        for is_tail, found in units.items():
-            assert len(set(found)) == len(found) == (4 if is_tail else 1) * self.table.size
+                assert self.bytes_at(entry) == pack_page(*rows, 16, 16, self.layout, Options(0))
+                units[0].append(int(entry["unit"]))
+        for stack, found in enumerate(units):
+            assert len(set(found)) == len(found) == (1 if stack else 4) * self.table.size
 
-    def bytes_at(self, entry: Any, kind: int) -> bytes:
+    def bytes_at(self, entry: Any) -> bytes:
         first = int(entry["unit"]) * UNIT
-        return self.arena[first : first + self.sizes[kind]].tobytes()
+        size = page_bytes(self.layout, int(entry["k_bits"]), int(entry["v_bits"]))
+        return self.arena[first : first + size].tobytes()
 
     def state(self) -> list[bytes]:
-        return [x.tobytes() for x in (self.arena, self.table, self.lists, *self.pools, self.counts)]
+        return [x.tobytes() for x in (self.arena, self.table, self.lists, *self.pools, self.left)]
 
 
 def rows_of(random: np.random.Generator, *shape: int) -> Array:
@@ -145,7 +158,9 @@ def test_random_appends(data: st.DataObject) -> None:
     layout = Layout(head_dim, group, data.draw(st.integers(0, 1)), data.draw(st.sampled_from([FLOAT16, BFLOAT16])))
     b, h = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     o = Options(*(data.draw(st.integers(0, most)) for most in (1, 2, 1, 5, 1 << 40)))
-    cache = Cache(layout, data.draw(st.sampled_from(CLASSES)), data.draw(st.sampled_from([0, 1, 16, 40, 100])), b, h, o)
+    classes = data.draw(st.lists(st.sampled_from(CLASSES), min_size=1, max_size=4))
+    aged = data.draw(st.lists(st.integers(0, len(classes) - 1), min_size=b * h, max_size=b * h))
+    cache = Cache(layout, classes, data.draw(st.sampled_from([0, 1, 16, 40, 100])), b, h, o, aged=aged)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     for _ in range(data.draw(st.integers(1, 4))):
         q = data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 90]))
@@ -198,23 +213,36 @@ def test_pages_stay_in_the_order_of_arrival() -> None:
 
 
 def test_exact_as_pack_without_rotation() -> None:
-    """fp16 rows that have gone through a tail give the page that pack makes of them."""
-    rows = rows_of(np.random.default_rng(2), 1, 1, 65, 64).astype(np.float16)
-    cache = Cache(LAYOUT, (3, 4), 0, 1, 1, Options(0, SEARCH, 1, 4, 17))
-    cache.append(rows, rows)
-    arena = aligned(cache.sizes[1])
+    """fp16 rows that have gone through a tail give the pages that pack makes of them, each in its list's class."""
+    classes, aged = [(3, 4), (16, 16), (2, 8), (16, 2), (8, 8)], [2, 0, 1, 4, 2, 3]
+    random = np.random.default_rng(2)
+    keys, values = rows_of(random, 3, 2, 129, 64).astype(np.float16), rows_of(random, 3, 2, 129, 64).astype(np.float16)
+    cache = Cache(LAYOUT, classes, 0, 3, 2, Options(0, SEARCH, 1, 4, 17), aged=aged)
+    cache.append(keys, values)
+    cache.check()
+    packed = np.flatnonzero(np.array(aged) != 1).repeat(2)
+    bits = [classes[aged[i]] for i in packed]
+    sizes = [page_bytes(LAYOUT, *pair) for pair in bits]
+    pages = np.zeros(len(packed), PAGE)
+    pages["unit"] = (np.cumsum(sizes) - sizes) // UNIT
+    pages["k_bits"], pages["v_bits"] = np.array(bits).T
+    pages["tokens"] = 64
+    arena = aligned(sum(sizes))
     _C.pack(
         arena,
-        rows,
-        rows,
-        np.array([3 << 32 | 4 << 40 | 64 << 48], np.uint64),
-        np.zeros(1, np.int32),
-        np.zeros(1, np.int32),
-        np.arange(64, dtype=np.int32),
+        keys,
+        values,
+        pages.view(np.uint64),
+        packed.astype(np.int32),
+        np.tile([0, 64], len(packed) // 2).astype(np.int32),
+        np.arange(128, dtype=np.int32),
         LAYOUT,
         *cache.o,
     )
-    assert cache.bytes_at(cache.table[0, :1].view(PAGE)[0], 1) == arena.tobytes()
+    entries = cache.table[packed, np.tile([0, 1], len(packed) // 2)].view(PAGE)
+    assert b"".join(cache.bytes_at(entry) for entry in entries) == arena.tobytes()
+    assert cache.lists[2].tolist() == [9, 0, 129, 129] and cache.lists[3].tolist() == [3, 2, 1, 129]
+    assert (cache.left[1:] == 6 * 40 - np.bincount(cache.aged[packed], minlength=5)).all()
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -265,12 +293,12 @@ def test_just_enough_pages() -> None:
         need = _C.append_need(filled(tokens).lists[0, 2], 65, 0, True)
         for short in ((0, 0), (1, 0), (0, 1)):
             cache = filled(tokens)
-            cache.counts[:] = np.subtract(need, short)
+            cache.left[:] = np.subtract(need, short)
             before = cache.state()
             if short == (0, 0):
                 _C.append(*cache.arguments(row, row))
-                assert cache.counts[1] == 0
-            elif min(cache.counts) >= 0:
+                assert cache.left[1] == 0
+            elif min(cache.left) >= 0:
                 with pytest.raises(
                     ValueError,
                     match=r"^append: pool: expected \d+ tail and \d+ packed pages for list 0, got \d+ and \d+$",
@@ -281,10 +309,34 @@ def test_just_enough_pages() -> None:
 
 def test_what_one_list_gives_back_serves_the_next() -> None:
     cache = filled(64, h=3)
-    cache.counts[:] = 1, 3  # each list flushes four pages before it takes one
+    cache.left[:] = 1, 3  # each list flushes four pages before it takes one
     row = np.ones((1, 3, 1, 64), np.float32)
     _C.append(*cache.arguments(row, row))
-    assert cache.counts.tolist() == [1 + 3 * 3, 0] and (cache.lists == [2, 1, 1, 65]).all()
+    assert cache.left.tolist() == [1 + 3 * 3, 0] and (cache.lists == [2, 1, 1, 65]).all()
+
+
+def test_every_class_has_a_stack_of_its_own() -> None:
+    """Three lists of two classes, and one that never packs; one page too few in either stack is found."""
+    row = np.ones((2, 2, 1, 64), np.float32)
+    for left, short in (([1, 1, 2, 0], None), ([1, 0, 2, 0], 1), ([1, 1, 1, 0], 2), ([0, 1, 2, 0], 0)):
+        cache = Cache(LAYOUT, [(4, 4), (2, 3), (16, 16)], 0, 2, 2, aged=[2, 1, 0, 1])
+        rows = rows_of(np.random.default_rng(5), 2, 2, 64, 64)
+        cache.append(rows, rows)
+        cache.left[:] = left
+        before = cache.state()
+        if short is None:
+            _C.append(*cache.arguments(row, row))
+            assert cache.left.tolist() == [3 * 3, 0, 0, 0]
+            assert cache.lists[:, 0].tolist() == [5, 2, 2, 2]
+        else:
+            wanted = (
+                "1 tail and 0 packed pages for list 0, got 0 and 0",
+                "0 tail and 1 packed pages for list 2, got 3 and 0",
+                "0 tail and 1 packed pages for list 3, got 6 and 0",
+            )
+            with pytest.raises(ValueError, match=rf"^append: pool: expected {wanted[short]}$"):
+                _C.append(*cache.arguments(row, row))
+            assert cache.state() == before
 
 
 # ---- refusals: one sentence, nothing changed
@@ -325,11 +377,17 @@ def change(cache: Cache, what: str) -> list[Any]:
     elif what == "tokens":
         cache.lists[0, 3] = 2**31 - 5
     elif what == "pool beyond the arena":
-        cache.pools[1][int(cache.counts[1]) - 1] = 2**32 - 1
-    elif what == "negative counts":
-        cache.counts[1] = -1
-    elif what == "counts beyond the pool":
-        cache.counts[0] = 2**31 - 1
+        cache.pools[1][0, int(cache.left[1]) - 1] = 2**32 - 1
+    elif what == "tail pool beyond the arena":
+        cache.pools[0][0] = 2**32 - 1
+    elif what == "negative left":
+        cache.left[1] = -1
+    elif what == "left beyond the pool":
+        cache.left[0] = 2**31 - 1
+    elif what == "left of another number of classes":
+        arguments[5] = np.append(cache.left, np.int32(0))
+    elif what == "another number of stacks":
+        arguments[4] = np.concatenate([cache.pools[1]] * 2)
     elif what == "valid":
         arguments[8] = np.array([31], np.int32)
     elif what == "negative valid":
@@ -340,9 +398,19 @@ def change(cache: Cache, what: str) -> list[Any]:
         arguments[1] = np.ascontiguousarray(cache.table[:, : int(cache.lists[0, 0])])
     elif what == "small pool array":
         arguments[3] = cache.pools[0][:5].copy()
-        cache.counts[0] = 5
+        cache.left[0] = 5
     elif what == "bits":
-        arguments[10] = 7
+        cache.classes[0, 0] = 7
+    elif what == "no class":
+        arguments[9] = cache.classes[:0]
+    elif what == "too many classes":
+        arguments[9] = np.full((26, 2), 4, np.uint8)
+    elif what == "type of classes":
+        arguments[9] = cache.classes.astype(np.int32)
+    elif what == "class index":
+        cache.aged[0] = 1
+    elif what == "shape of aged":
+        arguments[10] = np.zeros(2, np.uint8)
     elif what == "window":
         arguments[12] = -1
     elif what == "heads":
@@ -369,15 +437,23 @@ REFUSED = {
     "tail page index": STATE.format(3, 2147483647, 30),
     "negative pages": STATE.format(-1, 1, 30),
     "tokens": r"keys: expected fewer than 2\^31 tokens, got 2147483643 and 30 more",
-    "pool beyond the arena": r"pool: expected pages inside the arena's \d+ bytes, got unit 4294967295",
-    "negative counts": r"counts: expected 0\.\.160 and 0\.\.40, got 158 and -1",
-    "counts beyond the pool": r"counts: expected 0\.\.160 and 0\.\.40, got 2147483647 and 39",
+    "pool beyond the arena": r"pool_packed: expected pages inside the arena's \d+ bytes, got unit 4294967295",
+    "tail pool beyond the arena": r"pool_tail: expected pages inside the arena's \d+ bytes, got unit 4294967295",
+    "negative left": r"left: expected 0\.\.40 pages in stack 1, got -1",
+    "left beyond the pool": r"left: expected 0\.\.160 pages in stack 0, got 2147483647",
+    "left of another number of classes": r"left: expected shape \(2,\), got \(3,\)",
+    "another number of stacks": r"pool_packed: expected shape \(1, \*\), got \(2, 40\)",
     "valid": r"valid: expected 0\.\.30, got 31",
     "negative valid": r"valid: expected 0\.\.30, got -1",
     "shape of valid": r"valid: expected shape \(1,\), got \(2,\)",
     "full table": "table: expected room for 2 more pages in list 0, got capacity 3 with 3 in use",
     "small pool array": "pool_tail: expected room for all 7 tail pages, its own and the lists', got 5",
-    "bits": "bits: expected 2, 3, 4, 8 or 16, got K 7, V 2",
+    "bits": "classes: expected bits of 2, 3, 4, 8 or 16, got K 7, V 2 in class 0",
+    "no class": r"classes: expected 1\.\.25 classes, got 0",
+    "too many classes": r"classes: expected 1\.\.25 classes, got 26",
+    "type of classes": "classes: expected uint8, got int32",
+    "class index": r"aged: expected 0\.\.0, got 1 for list 0",
+    "shape of aged": r"aged: expected shape \(1,\), got \(2,\)",
     "window": r"window: expected an integer in 0\.\.16777216, got -1",
     "heads": r"table: expected shape \(2, \*\), got \(1, 40\)",
     "channels": r"keys: expected contiguous channels \(last stride 1\), got last stride 2",

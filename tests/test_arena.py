@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcomp import _C
 
 UNIT, MEMORY_PAGE = 128, 4096
+SIZES = [128, 256, 1152, 4096, 9984]
 
 
 def resident() -> int:
@@ -42,7 +44,7 @@ def write(arena: _C.Arena, page_units: np.ndarray, value: float) -> None:
         zeros,
         zeros,
         np.arange(16, dtype=np.int32),
-        (64, 64, 1, 1),
+        (64, 64, 1, 1, 0),
         0,
         0,
         0,
@@ -55,11 +57,11 @@ def read(arena: _C.Arena, unit: int) -> set[float]:
     """The values in one such page."""
     page, zeros = np.array([unit | 16 << 32 | 16 << 40 | 16 << 48], np.uint64), np.zeros(1, np.int32)
     keys, values = np.zeros((1, 1, 16, 64), np.float32), np.zeros((1, 1, 16, 64), np.float32)
-    _C.unpack(keys, values, arena, page, zeros, zeros, np.arange(16, dtype=np.int32), (64, 64, 1, 1), 0)
+    _C.unpack(keys, values, arena, page, zeros, zeros, np.arange(16, dtype=np.int32), (64, 64, 1, 1, 0), 0)
     return set(np.concatenate([keys, values]).ravel().tolist())
 
 
-SIZE = _C.page_bytes((64, 64, 1, 1), 16, 16)
+SIZE = _C.page_bytes((64, 64, 1, 1, 0), 16, 16)
 
 
 def test_pages_do_not_overlap_and_slabs_are_whole_memory_pages() -> None:
@@ -142,6 +144,171 @@ def test_copy() -> None:
         arena.copy(SIZE, pages[:2].copy(), pages[:1].copy())
 
 
+def filled(arena: _C.Arena, size: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """New pages of random bytes: units and contents."""
+    pages = arena.alloc(size, count)
+    data = np.random.default_rng(seed).integers(0, 256, (count, size), np.uint8)
+    arena.write(size, pages, data)
+    return pages, data
+
+
+def content(arena: _C.Arena, size: int, pages: np.ndarray) -> np.ndarray:
+    data = np.zeros((len(pages), size), np.uint8)
+    arena.read(size, pages, data)
+    return data
+
+
+@pytest.mark.parametrize("size", [128, 1152, 2688, 4096, 5376, 1 << 20])
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [40], [5, 30, 1, 1, 7], [30, 5]])
+def test_compact_alone_takes_the_fewest_memory_pages(size: int, sizes: list[int]) -> None:
+    """Several slabs, any share of their pages free: what is left is one piece, and behind it nothing."""
+    for share in (0.0, 0.3, 0.9):
+        random = np.random.default_rng(3)
+        arena = _C.Arena(1 << 30)
+        parts = [filled(arena, size, count, seed) for seed, count in enumerate(sizes)]
+        pages, data = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        order = random.permutation(len(pages))
+        gone = order[: int(share * len(pages))]
+        kept = np.setdiff1d(order, gone, assume_unique=True)
+        random.shuffle(kept)
+        arena.free(size, pages[gone])
+        places = pages[kept]
+        arena.compact(size, places)
+        assert arena.nbytes == rounded(len(kept) * size) and arena.used == len(kept) * size
+        assert (content(arena, size, places) == data[kept]).all()
+        assert (np.diff(np.sort(places)) == size // UNIT).all()
+        again = places.copy()
+        arena.compact(size, again)
+        assert (again == places).all(), "nothing moves twice"
+        arena.free(size, places)
+        assert arena.nbytes == arena.used == 0
+
+
+def test_compact_keeps_in_place_what_can_stay() -> None:
+    """Only pages behind the last one of the compacted slab move, into the holes before it."""
+    arena = _C.Arena(1 << 30)
+    pages, _ = filled(arena, 1152, 100)
+    arena.free(1152, pages[10:30].copy())
+    live = np.delete(pages, np.arange(10, 30))
+    places = live.copy()
+    arena.compact(1152, places)
+    assert (places[:60] == live[:60]).all() and set(places[60:].tolist()) == set(pages[10:30].tolist())
+    assert len(places) == 80
+
+
+def test_compact_leaves_other_sizes_alone() -> None:
+    """Slabs between slabs of another size: one piece all the same, and pages of the other size stay."""
+    arena = _C.Arena(1 << 30)
+    mine, other = [], []
+    for i in range(6):
+        mine.append(filled(arena, 1152, 5 + i, i))
+        other.append(filled(arena, 2688, 3, 10 + i))
+    places, stay = np.concatenate([part[0] for part in mine]), np.concatenate([part[0] for part in other])
+    nbytes, beside = arena.nbytes, sum(rounded(3 * 2688) for _ in range(6))
+    arena.compact(1152, places)
+    assert arena.nbytes == rounded(len(places) * 1152) + beside < nbytes
+    assert (content(arena, 1152, places) == np.concatenate([part[1] for part in mine])).all()
+    assert (content(arena, 2688, stay) == np.concatenate([part[1] for part in other])).all()
+    arena.compact(2688, stay)
+    assert arena.nbytes == rounded(len(places) * 1152) + rounded(len(stay) * 2688)
+    assert (content(arena, 2688, stay) == np.concatenate([part[1] for part in other])).all()
+
+
+def test_compact_without_room_in_one_piece() -> None:
+    """Where other pages leave no stretch that is long enough, the slabs there are get filled from the front."""
+    arena = _C.Arena(1 << 18)
+    mine, other = [], []
+    for i in range(4):
+        mine.append(filled(arena, 4096, 12, i))
+        other.append(filled(arena, 8192, 2, 10 + i))
+    assert arena.nbytes == 1 << 18
+    pages, data = np.concatenate([part[0] for part in mine]), np.concatenate([part[1] for part in mine])
+    kept = np.flatnonzero(np.arange(48) % 3 > 0)
+    arena.free(4096, pages[np.arange(48) % 3 == 0])
+    places = pages[kept]
+    arena.compact(4096, places)
+    assert arena.nbytes == (32 + 16) * 4096
+    assert (content(arena, 4096, places) == data[kept]).all()
+    assert all((content(arena, 8192, part[0]) == part[1]).all() for part in other)
+    arena.alloc(4096, 12)
+    assert arena.nbytes == (32 + 16 + 12) * 4096
+
+
+def test_compact_gives_memory_back_on_the_way() -> None:
+    """64 MiB that has to move to somewhere else: no second copy of it is held, and holes go back to the system."""
+    arena = _C.Arena(1 << 30)
+    size = 5376
+    pages = arena.alloc(size, (64 << 20) // size)
+    arena.alloc(128, 1)
+    pages = np.append(pages, arena.alloc(size, 20))
+    for part in np.array_split(pages, 8):
+        arena.write(size, part, np.ones((len(part), size), np.uint8))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
+    except OSError:
+        pytest.skip("the system does not let a process measure its peak memory anew")
+    full = resident()
+    arena.compact(size, pages)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+    assert peak - full < 24 << 20
+    arena.free(size, pages[::2].copy())
+    pages = pages[1::2].copy()
+    arena.compact(size, pages)
+    assert full - resident() > 28 << 20
+
+
+@pytest.mark.parametrize(
+    "wrong", ["one missing", "one too many", "one twice", "a free one", "another size", "far away"]
+)
+def test_compact_refuses(wrong: str) -> None:
+    arena = _C.Arena(1 << 30)
+    pages, data = filled(arena, 512, 20)
+    arena.free(512, pages[:1].copy())
+    other = arena.alloc(256, 19)
+    live, size = pages[1:].copy(), 512
+    given, got = live.copy(), f"live pages of 512 bytes, got unit {2**32 - 1}"
+    if wrong == "one missing":
+        given, got = given[1:].copy(), "all 19 live pages of 512 bytes, got 18 units"
+    elif wrong == "one too many":
+        given, got = np.append(given, pages[0]), "all 19 live pages of 512 bytes, got 20 units"
+    elif wrong == "one twice":
+        given[3] = given[5]
+        got = f"every live page of 512 bytes once, got unit {given[5]} twice"
+    elif wrong == "a free one":
+        given[7] = pages[0]
+        got = f"live pages of 512 bytes, got unit {pages[0]}"
+    elif wrong == "another size":
+        size, got = 256, f"live pages of 256 bytes, got unit {given[0]}"
+    else:
+        given[18] = 2**32 - 1
+    before, nbytes = given.copy(), arena.nbytes
+    with pytest.raises(ValueError, match=rf"^arena: units: expected {got}$"):
+        arena.compact(size, given)
+    assert (given == before).all() and arena.nbytes == nbytes
+    assert (content(arena, 512, live) == data[1:]).all()
+    arena.free(256, other)
+    arena.compact(512, live)
+
+
+def test_compact_of_nothing() -> None:
+    arena = _C.Arena(1 << 20)
+    arena.compact(128, units())
+    assert arena.nbytes == 0
+    arguments: list[tuple[type[Exception], str, object]] = [
+        (TypeError, "units: expected uint32, got int32", np.zeros(1, np.int32)),
+        (ValueError, r"units: expected shape \(\*,\), got \(1, 1\)", np.zeros((1, 1), np.uint32)),
+        (ValueError, "page_bytes: expected a positive multiple of 128, got 100", units()),
+    ]
+    for error, sentence, given in arguments:
+        with pytest.raises(error, match=rf"^arena: {sentence}$"):
+            arena.compact(100 if "page_bytes" in sentence else 128, given)  # type: ignore[arg-type]
+    read_only = arena.alloc(128, 1)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^arena: units: expected a writable tensor, got a read-only one$"):
+        arena.compact(128, read_only)
+
+
 @pytest.mark.parametrize("wrong", ["freed before", "twice at once", "another size", "inside a page", "far away"])
 def test_a_wrong_unit_frees_nothing(wrong: str) -> None:
     arena = _C.Arena(1 << 30)
@@ -217,16 +384,27 @@ def test_addresses_beyond_32_bits() -> None:
 
 
 class Model(RuleBasedStateMachine):
-    """Random use against a set of spans."""
+    """Random use against a set of spans and what is in them."""
 
-    @initialize()
-    def start(self) -> None:
-        self.arena = _C.Arena(1 << 24)
+    @initialize(reserve=st.sampled_from([18, 20, 24]))
+    def start(self, reserve: int) -> None:
+        self.arena = _C.Arena(1 << reserve)
         self.live: dict[int, list[int]] = {}
+        self.bytes: dict[int, bytes] = {}
+        self.random = np.random.default_rng(0)
 
-    @rule(size=st.sampled_from([128, 256, 1152, 4096, 9984]), count=st.integers(0, 40))
+    @rule(size=st.sampled_from(SIZES), count=st.integers(0, 40))
     def alloc(self, size: int, count: int) -> None:
-        self.live.setdefault(size, []).extend(self.arena.alloc(size, count).tolist())
+        state = self.arena.nbytes, self.arena.used
+        try:
+            pages = self.arena.alloc(size, count)
+        except MemoryError:
+            assert (self.arena.nbytes, self.arena.used) == state
+            return
+        data = self.random.integers(0, 256, (count, size), np.uint8)
+        self.arena.write(size, pages, data)
+        self.live.setdefault(size, []).extend(pages.tolist())
+        self.bytes.update((unit, row.tobytes()) for unit, row in zip(pages.tolist(), data, strict=True))
 
     @precondition(lambda self: any(self.live.values()))
     @rule(data=st.data())
@@ -235,6 +413,21 @@ class Model(RuleBasedStateMachine):
         chosen = data.draw(st.sets(st.sampled_from(self.live[size]), min_size=1))
         self.arena.free(size, units(*chosen))
         self.live[size] = [unit for unit in self.live[size] if unit not in chosen]
+        for unit in chosen:
+            del self.bytes[unit]
+
+    @rule(size=st.sampled_from(SIZES), order=st.randoms(use_true_random=False))
+    def compact(self, size: int, order: Random) -> None:
+        old = self.live.get(size, [])
+        order.shuffle(old)
+        places, nbytes = units(*old), self.arena.nbytes
+        self.arena.compact(size, places)
+        data = [self.bytes.pop(unit) for unit in old]
+        self.live[size] = places.tolist()
+        self.bytes.update(zip(self.live[size], data, strict=True))
+        assert self.arena.nbytes <= nbytes
+        if all(other == size or not pages for other, pages in self.live.items()):
+            assert self.arena.nbytes == rounded(len(old) * size)
 
     @invariant()
     def spans(self) -> None:
@@ -245,6 +438,9 @@ class Model(RuleBasedStateMachine):
         used = sum(size * len(pages) for size, pages in self.live.items())
         assert self.arena.used == used <= self.arena.nbytes
         assert used or self.arena.nbytes == 0
+        for size, pages in self.live.items():
+            data = b"".join(self.bytes[unit] for unit in pages)
+            assert content(self.arena, size, units(*pages)).tobytes() == data
 
 
 TestModel = Model.TestCase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,9 @@ from kvcomp import _C
 from reference import (
     BFLOAT16,
     CLASSES,
+    E5M3,
     FLOAT16,
+    FP16,
     GROUPS,
     HEAD_DIMS,
     PAGE,
@@ -161,8 +164,13 @@ def mixed(tokens: int, seed: int = 0) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_class(k_bits: int, v_bits: int, head_dim: int) -> None:
     room = page_tokens(k_bits, v_bits)
-    for zero_point, half in ((1, FLOAT16), (0, BFLOAT16)):
-        layout = Layout(head_dim, head_dim, zero_point, half)
+    for zero_point, half, scale_dtype in (
+        (1, FLOAT16, FP16),
+        (0, BFLOAT16, FP16),
+        (1, BFLOAT16, E5M3),
+        (0, FLOAT16, E5M3),
+    ):
+        layout = Layout(head_dim, head_dim, zero_point, half, scale_dtype)
         lists = [[(k_bits, v_bits, room)] * 3 + [(k_bits, v_bits, room - 5)], [(k_bits, v_bits, 1)]]
         cache = Cache(layout, lists, batch=1)
         cache.check(queries_of(1, 1, 6, 2, head_dim))
@@ -170,10 +178,9 @@ def test_every_class(k_bits: int, v_bits: int, head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim, group", GROUPS)
 def test_every_group_of_channels(head_dim: int, group: int) -> None:
-    for zero_point in (0, 1):
-        cache = Cache(
-            Layout(head_dim, group, zero_point, FLOAT16), [mixed(300, seed=group)], batch=1, rotation=zero_point
-        )
+    for zero_point, scale_dtype in itertools.product((0, 1), (FP16, E5M3)):
+        layout = Layout(head_dim, group, zero_point, FLOAT16, scale_dtype)
+        cache = Cache(layout, [mixed(300, seed=group)], batch=1, rotation=zero_point)
         cache.check(queries_of(2, 1, 3, 1, head_dim))
 
 
@@ -210,7 +217,13 @@ def test_left_padded_new_tokens(new: list[int]) -> None:
 @given(st.data())
 def test_random_lists(data: st.DataObject) -> None:
     head_dim, channels = data.draw(st.sampled_from(GROUPS))
-    layout = Layout(head_dim, channels, data.draw(st.integers(0, 1)), data.draw(st.sampled_from([FLOAT16, BFLOAT16])))
+    layout = Layout(
+        head_dim,
+        channels,
+        data.draw(st.integers(0, 1)),
+        data.draw(st.sampled_from([FLOAT16, BFLOAT16])),
+        data.draw(st.sampled_from([FP16, E5M3])),
+    )
     b, h, group = (data.draw(st.integers(1, most)) for most in (3, 2, 5))
     seed = data.draw(st.integers(0, 2**32))
     lengths = data.draw(st.lists(st.sampled_from([0, 1, 15, 16, 17, 64, 65, 130, 400]), min_size=b * h, max_size=b * h))
@@ -442,9 +455,9 @@ from test_attend import Cache, mixed, queries_of
 every = [(b, c, 50) for b in (2, 3, 4, 8, 16) for c in (2, 3, 4, 8)]
 lists = [mixed(900, 1), every + [(16, 16, 16)] * 5 + [(16, 16, 2)]]
 worst, results = 0.0, []
-for head_dim, group, zero_point, half in ((64, 64, 1, 1), (80, 16, 0, 2), (256, 128, 1, 2)):
-    cache = Cache(Layout(head_dim, group, zero_point, half), lists, batch=1)
-    queries = queries_of(1, 1, 10, 3, head_dim)
+for layout in ((64, 64, 1, 1, 0), (80, 16, 0, 2, 0), (256, 128, 1, 2, 0), (64, 32, 1, 1, 1), (80, 80, 0, 2, 1)):
+    cache = Cache(Layout(*layout), lists, batch=1)
+    queries = queries_of(1, 1, 10, 3, layout[0])
     out = cache.attend(queries, softcap=20.0)
     exact = attention(queries, cache.keys, cache.values, scale=0.1, softcap=20.0)[0]
     worst = max(worst, float(np.abs(out - exact).max()) / error_bound(cache.values, max(cache.tokens)))

@@ -71,7 +71,7 @@ class Pretender:
 rows = [Pretender(2, 32, 1, 1, 4, 64) for _ in range(2)]
 index = [Pretender(1, 64, 1), Pretender(0, 32, 1), Pretender(0, 32, 1), Pretender(0, 32, 4)]
 try:
-    _C.pack(Pretender(1, 8, 1 << 16), *rows, *index, (64, 64, 1, 1), 0, 0, 0, 0, 0)
+    _C.pack(Pretender(1, 8, 1 << 16), *rows, *index, (64, 64, 1, 1, 0), 0, 0, 0, 0, 0)
 except _C.CudaError as error:
     print(json.dumps(str(error)))
 """

@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: obje
 # ---- help
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["quality"], ["bench", "attend"], ["tables"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["quality"], ["policies"], ["bench", "attend"], ["tables"], ["env"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from experiment_support import EXPERIMENTS, write_config
 from kvcomp.experiment import config as experiment
-from kvcomp.policy import Full, Hybrid, Streaming
+from kvcomp.selectors import H2O, AdaKV, Full, Hybrid, Streaming
 
 # The seed's table: spec/kv_cache.md A1.
 SEED = {
@@ -16,6 +16,13 @@ SEED = {
     "hybrid_8x": (65536, 0.32, 288, 0.6, 2688, 20, {0: 0.45, 7: 0.22, 15: 0.14, 23: 0.10}, 3, 2, 0.60, 32, 8),
     "hybrid_12x": (
         131072, 0.42, 320, 0.5, 3328, 24, {0: 0.38, 8: 0.22, 16: 0.16, 24: 0.12, 31: 0.08}, 3, 2, 0.55, 64, 12,
+    ),
+    "qwen_8x": (32768, 0.32, 256, 0.6, 2048, 20, {0: 0.45, 7: 0.28, 14: 0.18, 21: 0.12}, 3, 2, 0.60, 32, 8),
+    "qwen_8x_aggressive": (
+        32768, 0.18, 256, 0.6, 2048, 20, {0: 0.35, 7: 0.20, 14: 0.12, 21: 0.08, 27: 0.05}, 2, 2, 0.50, 32, 8,
+    ),
+    "qwen_12x": (
+        32768, 0.12, 256, 0.5, 2048, 15, {0: 0.28, 7: 0.15, 14: 0.08, 21: 0.05, 27: 0.03}, 2, 2, 0.40, 64, 12,
     ),
 }  # fmt: skip
 
@@ -127,6 +134,9 @@ def test_streaming_and_full(tmp_path: Path) -> None:
     # Least tokens: 900 of 1024 are 450 of 512, more than 0.3 of them.
     more = policy_of(tmp_path, selector={"strategy": "streaming", "global_retain_ratio": 0.3, "min_tokens": 900})
     assert more.select == Streaming(keep=450 / 512)
+    for strategy, kind in (("ada", AdaKV), ("h2o", H2O)):
+        policy = policy_of(tmp_path, selector={"strategy": strategy, "clustering_k": 4, "global_retain_ratio": 0.3})
+        assert isinstance(policy.select, kind) and (policy.select.keep, policy.select.pool) == (0.3, 5)
     full = policy_of(tmp_path, selector={"strategy": "full", "global_retain_ratio": None, "min_tokens": None})
     assert full.select == Full()
 
@@ -162,6 +172,10 @@ def test_layers_are_scaled_and_interpolated(tmp_path: Path) -> None:
         ({"metrics": {"compressed_speed": 2.0}}, "metrics: expected keys among"),
         ({"selector": {"strategy": "streaming", "clustering_k": 9}}, "selector.clustering_k: expected to be left out"),
         ({"selector": {"strategy": "full"}}, "selector.global_retain_ratio: expected to be left out"),
+        (
+            {"model_layers": 4, "selector": {"strategy": "h2o", "layer_budgets": [{"layer_index": 1, "retain_ratio": 1}]}},
+            "selector.layer_budgets: expected to be left out",
+        ),
         ({"selector": {"layer_budgets": [{"layer_index": 9, "retain_ratio": 0.5}]}}, "below model_layers = 4, got 9"),
         (
             {"selector": {"layer_budgets": [{"layer_index": 1, "retain_ratio": 0.5}] * 2}},

@@ -163,6 +163,27 @@ def test_errors_grow_with_compression() -> None:
     assert fine["attention_output_error"] < 0.02 < coarse["attention_output_error"] < 1
     assert len(coarse["attention_output_error_per_layer"]) == 3
     assert fine["selected_fraction"] == 1.0
+    assert fine["attention_output_error_of_dropping"] < 1e-6
+    assert np.isclose(fine["attention_output_error_of_quantizing"], fine["attention_output_error"], rtol=1e-3)
+
+
+def test_the_parts_of_the_attention_error_against_numpy() -> None:
+    """Kept tokens at 16 bits without rotation: what is left is what dropping does."""
+    prompt = [LayerInput(x.keys.bfloat16(), x.values.bfloat16(), queries=x.queries) for x in layers(tokens=80)[:1]]
+    asked = quality.Asked(torch.randn(1, 4, 3, 64, generator=torch.Generator().manual_seed(1)), 0.125)
+    packed = compress_prompt(prompt, Policy(target_ratio=3, classes=((16, 16),), rotation="none"), positions=True)
+    got = quality.cache_errors(packed, prompt, [asked])
+    kept = quality.stored_rows(packed, 0, prompt[0])[2].numpy()
+    keys, values, queries = (x.double().numpy() for x in (prompt[0].keys, prompt[0].values, asked.queries))
+    square = norm = 0.0
+    for head in range(4):
+        logits = 0.125 * queries[0, head] @ keys[0, head // 2].T
+        weights = np.exp(logits)
+        part = weights * kept[0, head // 2]
+        exact, dropped = ((w / w.sum(1, keepdims=True)) @ values[0, head // 2] for w in (weights, part))
+        square, norm = square + ((exact - dropped) ** 2).sum(), norm + (exact**2).sum()
+    assert np.isclose(got["attention_output_error_of_dropping"], np.sqrt(square / norm), rtol=1e-4)
+    assert got["attention_output_error_of_quantizing"] < 5e-3 < got["attention_output_error_of_dropping"]
 
 
 def test_probe_sees_the_queries_and_leaves_the_model_as_it_was(subject: Any) -> None:

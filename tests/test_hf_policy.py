@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 import kvcomp  # noqa: E402
 from kvcomp.hf import state  # noqa: E402
-from kvcomp.prompt import compress_prompt  # noqa: E402
+from kvcomp.prompt import Compressor  # noqa: E402
 from test_hf_models import build, tokens  # noqa: E402
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
@@ -83,18 +83,19 @@ def test_what_is_handed_to_compression_and_that_it_is_let_go(
 
     alive: list[weakref.ref[Any]] = []
 
-    def compress(layers: Any, *args: Any, **kwargs: Any) -> Any:
-        assert len(layers) == len(had) == 2
-        for layer, (*tensors, scale) in zip(layers, had, strict=True):
+    class Watched(Compressor):
+        def add(self, layer: Any) -> None:
+            *tensors, scale = had[-1]
             for given, expected in zip((layer.queries, layer.keys, layer.values), tensors, strict=True):
                 assert torch.equal(given, expected)
-                assert given.untyped_storage().nbytes() == given.nbytes  # not a part of something larger
                 alive.append(weakref.ref(given))
+            for given in (layer.keys, layer.values):
+                assert given.untyped_storage().nbytes() == given.nbytes  # not a part of something larger
             assert (layer.first.tolist(), layer.scale, layer.softcap) == ([PADDING, 0], scale, 0.0)
-        return compress_prompt(layers, *args, **kwargs)
+            super().add(layer)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", spy)
-    monkeypatch.setattr(state, "compress_prompt", compress)
+    monkeypatch.setattr(state, "Compressor", Watched)
     cache = prefill(model, prompt, kvcomp.Policy(target_ratio=4, select=SELECTORS["snap"]))
     assert cache.nbytes > 0 and len(alive) == 6
     assert not any(tensor() is not None for tensor in alive)
@@ -110,7 +111,7 @@ def test_the_ledger_sums_to_what_is_held(model: Any, prompt: dict[str, Any], pol
     assert list(ledger) == ["codes", "scales", "positions", "page_table", "slack", "window"]
     assert sum(ledger.values()) == cache.nbytes and min(ledger.values()) >= 0
     packed = cache._state.packed
-    assert cache.nbytes == packed.arena.nbytes + sum(layer.table.nbytes + layer.lists.nbytes for layer in packed.layers)
+    assert cache.nbytes == packed.arena.nbytes + sum(layer.table_bytes for layer in packed.layers)
 
 
 def test_bytes_follow_the_bits(model: Any, prompt: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from kvcomp import _C
 from kvcomp.layer_input import LayerInput
-from kvcomp.policy import Policy, PyramidKV
+from kvcomp.policy import Policy
 from kvcomp.prompt import compress_prompt
+from kvcomp.selectors import PyramidKV
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""plan against its definition, against all assignments of tiny instances, and every refusal."""
+"""plan against its definition, against exact optima, and every refusal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvcomp import _C
+from reference_plan import GroupPlan, Optimum, make_group_plan, optimum_of_groups, optimum_of_runs
 from reference_policy import BITS, Array, Plan, make_list, make_plan, plan_bytes, plan_error, workspace
 
-LAYOUTS = [(128, 128, 1, 1), (64, 16, 1, 2), (80, 80, 0, 1), (96, 32, 1, 2), (256, 64, 0, 1)]
+LAYOUTS = [(128, 128, 1, 1, 0), (64, 16, 1, 2, 0), (80, 80, 0, 1, 0), (96, 32, 1, 2, 0), (256, 64, 0, 1, 1)]
 GAUSSIAN = np.array([0.118, 0.0345, 0.0095, 0.00004, 0.0], np.float32)
 
 
-def run(plan: Plan, budget: int) -> tuple[Array, Array, tuple[int, int, int, int, int, float]]:
+Summary = tuple[int, int, int, int, int, float]
+
+
+def run(plan: Plan, budget: int, groups: Array | None = None) -> tuple[Array, Array, Summary]:
     n, s = plan.kept.shape
     k_bits, v_bits = np.full((n, s), 77, np.uint8), np.full((n, s), 77, np.uint8)
     summary = _C.plan(
@@ -31,6 +35,7 @@ def run(plan: Plan, budget: int) -> tuple[Array, Array, tuple[int, int, int, int
         plan.allowed,
         plan.least_tokens,
         plan.guard,
+        groups,
         workspace(_C.plan_workspace(n, s)),
         plan.layout,
         budget,
@@ -57,9 +62,7 @@ def simple(importance: Array, **more: Any) -> Plan:
     return Plan(**(arguments | more))
 
 
-def check_invariants(
-    plan: Plan, budget: int, k_bits: Array, v_bits: Array, summary: tuple[int, int, int, int, int, float]
-) -> None:
+def check_invariants(plan: Plan, budget: int, k_bits: Array, v_bits: Array, summary: Summary) -> None:
     total, least, most, kept, pages, error = summary
     assert (total, pages) == plan_bytes(plan, k_bits, v_bits)
     assert budget < 0 or total <= budget
@@ -304,6 +307,200 @@ def test_near_the_optimum(seed: int, full: int, short: int, sinks: int, entry: i
         assert error >= best * (1 - 1e-9) - 1e-9 * fixed_error
 
 
+# ---- one class for a group of lists
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[Plan, Array]:
+    plan = draw(plans())
+    plan.fixed_class = 0
+    n = len(plan.kept)
+    return plan, np.array(draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n)), np.int32)
+
+
+def classes_of(plan: Plan, groups: Array, k_bits: Array, v_bits: Array) -> dict[int, tuple[int, int]]:
+    """The class of every group with candidates, which must be one for all of them."""
+    free = (plan.kept > 0) & (plan.fixed == 0)
+    found = {}
+    for g in np.unique(groups).tolist():
+        chosen = free & (groups == g)[:, None]
+        pairs = set(zip(k_bits[chosen].tolist(), v_bits[chosen].tolist(), strict=True))
+        assert len(pairs) <= 1
+        if pairs:
+            found[g] = pairs.pop()
+    return found
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(grouped(), st.data())
+def test_groups_definition(case: tuple[Plan, Array], data: st.DataObject) -> None:
+    plan, groups = case
+    try:
+        free = make_group_plan(plan, groups, -1)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"^plan: guard: expected room for the least_tokens of list"):
+            run(plan, -1, groups)
+        return
+    assert isinstance(free, GroupPlan)
+    low, high = free.least_bytes, free.most_bytes
+    for budget in [-1, low, high, high - 1, data.draw(st.integers(low, high)), low - 1]:
+        want = make_group_plan(plan, groups, budget)
+        if isinstance(want, int):
+            with pytest.raises(_C.BudgetError) as raised:
+                run(plan, budget, groups)
+            assert raised.value.least_bytes == want == low
+            continue
+        k_bits, v_bits, summary = run(plan, budget, groups)
+        assert summary[1:3] == (want.least_bytes, want.most_bytes)
+        assert summary[3] == np.count_nonzero(plan.kept)
+        np.testing.assert_allclose(summary[5], want.error, rtol=1e-9, atol=1e-300)
+        check_invariants(plan, budget, k_bits, v_bits, summary)
+        classes_of(plan, groups, k_bits, v_bits)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(grouped())
+def test_groups_more_budget_is_never_worse(case: tuple[Plan, Array]) -> None:
+    plan, groups = case
+    try:
+        *_, (_, least, most, _, _, floor) = run(plan, -1, groups)
+    except ValueError:
+        return
+    last = np.inf
+    for budget in np.unique(np.linspace(least, most, 60).astype(np.int64)).tolist():
+        k_bits, v_bits, summary = run(plan, budget, groups)
+        check_invariants(plan, budget, k_bits, v_bits, summary)
+        assert summary[5] <= last * (1 + 1e-12)
+        last = summary[5]
+    np.testing.assert_allclose(last, floor, rtol=1e-12)
+
+
+def test_many_groups_take_steps_only() -> None:
+    """Above 256 lists, where every list's class is known from the steps alone."""
+    rng = np.random.default_rng(7)
+    plan = realistic(rng, 300, 100)
+    plan.kept[:] = np.arange(100) < rng.integers(0, 101, 300)[:, None]
+    groups = rng.permutation(300).astype(np.int32)
+    *_, (_, least, most, *_) = run(plan, -1, groups)
+    last = np.inf
+    for budget in np.linspace(least, most, 12).astype(np.int64).tolist():
+        want = make_group_plan(plan, groups, budget)
+        assert isinstance(want, GroupPlan)
+        k_bits, v_bits, summary = run(plan, budget, groups)
+        for g, pair in classes_of(plan, groups, k_bits, v_bits).items():
+            assert pair == tuple(BITS[c] for c in want.classes[g])
+        assert summary[5] <= last
+        last = summary[5]
+
+
+def test_a_head_that_matters_gets_the_bits() -> None:
+    importance = np.ones((4, 200))
+    importance[2] = 50
+    plan = simple(importance, drop=np.full(4, 1e9, np.float32))
+    each, together = np.arange(4, dtype=np.int32), np.array([3, 3, 0, 0], np.int32)
+    *_, (_, least, *_) = run(plan, -1, each)
+    assert least == 4 * (plan.list_bytes + 4 * plan.page_bytes(2, 2))
+    extra = 4 * (plan.page_bytes(8, 8) - plan.page_bytes(2, 2))
+    k_bits, v_bits, _ = run(plan, least + extra, each)
+    assert [int(row[0]) for row in k_bits] == [2, 2, 8, 2]
+    np.testing.assert_array_equal(k_bits, v_bits)
+    k_bits, v_bits, _ = run(plan, least + 2 * extra, together)
+    assert [int(row[0]) for row in k_bits] == [2, 2, 8, 8]
+
+
+def test_sixteen_bits_need_a_guard_over_the_whole_group() -> None:
+    plan = simple(np.ones((3, 100)), guard=np.array([100, 99, 100], np.int32))
+    k_bits, v_bits, _ = run(plan, -1, np.array([0, 0, 1], np.int32))
+    whole = [(int(k[0]), int(v[0])) == (16, 16) for k, v in zip(k_bits, v_bits, strict=True)]
+    assert whole == [False, False, True]
+
+
+@pytest.mark.parametrize("groups", [None, np.array([0, 1, 1], np.int32)])
+def test_bytes_are_what_the_arena_hands_out(groups: Array | None) -> None:
+    """Tokens of a list and class fill pages, the tail has pages of its own; each is one entry of a table."""
+    plan = simple(np.random.default_rng(6).exponential(size=(3, 500)) ** 3)
+    plan.kept[:, 450:] = np.array([[1], [0], [1]])
+    plan.fixed[:, :4], plan.fixed[:, 430:450] = 1, 2
+    plan.fixed[:, 450:] = np.array([[2], [0], [2]])
+    *_, (_, least, most, *_) = run(plan, -1, groups)
+    for budget in np.linspace(least, most, 9).astype(np.int64).tolist():
+        k_bits, v_bits, summary = run(plan, budget, groups)
+        arena, entries = _C.Arena(), 0
+        for i in range(3):
+            tail = plan.fixed[i] == 2
+            for part, k, v in itertools.product((tail, ~tail), BITS, BITS):
+                tokens = int((part & (k_bits[i] == k) & (v_bits[i] == v)).sum())
+                pages = -(-tokens // _C.page_tokens(k, v))
+                arena.alloc(_C.page_bytes(plan.layout, k, v), pages)
+                entries += pages
+        assert summary[0] == arena.used + entries * plan.entry_bytes + 3 * plan.list_bytes
+        assert summary[4] == entries
+
+
+# ---- exact optima
+
+MEASURED = np.array([0.116, 0.036, 0.011, 4e-5, 0], np.float32)  # of N(0, 1) at 2, 3, 4, 8, 16 bits
+
+
+def realistic(rng: np.random.Generator, n: int, s: int) -> Plan:
+    """Heavy-tailed importance, lists of unequal weight and sensitivity, the classes that policies allow."""
+    tails = [rng.lognormal(0, 2, (n, s)), rng.pareto(1.2, (n, s)) + 1e-3, rng.exponential(size=(n, s)) ** 4]
+    scale = rng.lognormal(0, 0.5, (2, n, 1))
+    allowed = np.zeros((5, 5), np.uint8)
+    allowed[:4, :4] = allowed[4, 4] = 1
+    return simple(
+        tails[rng.integers(3)] * rng.lognormal(0, 1, (n, 1)),
+        distortion_k=(MEASURED * scale[0]).astype(np.float32),
+        distortion_v=(MEASURED * scale[1]).astype(np.float32),
+        drop=scale.sum((0, 2)).astype(np.float32),
+        allowed=allowed,
+        layout=(64, 64, 1, 1, 0),
+        entry_bytes=0,
+    )
+
+
+def gaps(plan: Plan, optimum: Optimum, ratios: list[float], groups: Array | None = None) -> list[float]:
+    """How far the error is above the optimum, as a part of it, at budgets that are a part of the best plan's bytes."""
+    _, _, (_, least, most, *_) = run(plan, -1, groups)
+    found = []
+    for ratio in ratios:
+        budget = int(most / ratio)
+        if budget >= least:
+            error, best = run(plan, budget, groups)[2][5], optimum(budget)
+            assert error >= best * (1 - 1e-9)
+            found.append(error / best - 1)
+    return found
+
+
+@pytest.mark.parametrize("s", [1024, 1000])
+def test_runs_within_a_percent_of_the_optimum(s: int) -> None:
+    """The optimum may give every run any allowed class, as long as no half rises with the rank."""
+    found: list[float] = []
+    for seed in range(20):
+        plan = realistic(np.random.default_rng(seed), 12, s)
+        found += gaps(plan, optimum_of_runs(plan), [2, 3, 4, 6, 8, 10, 12, 16])
+    assert len(found) == 160
+    assert max(found) <= 0.01 and np.median(found) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("by", "heads", "ragged", "entry_bytes"),
+    [(1, 12, False, 8), (1, 12, True, 0), (2, 12, False, 0), (2, 12, True, 8), (8, 256, False, 0), (1, 256, False, 0)],
+)
+def test_groups_within_a_percent_of_the_optimum(by: int, heads: int, ragged: bool, entry_bytes: int) -> None:
+    found: list[float] = []
+    for seed in range(8 if heads > 100 else 40):
+        rng = np.random.default_rng(seed)
+        plan = realistic(rng, heads, 256)
+        plan.entry_bytes = entry_bytes
+        if ragged:
+            plan.kept[:] = np.arange(256) < rng.integers(64, 257, heads)[:, None]
+        groups = (np.arange(heads) // by).astype(np.int32)
+        found += gaps(plan, optimum_of_groups(plan, groups), [2, 3, 4, 5, 6], groups)
+    assert len(found) >= 30
+    assert max(found) <= 0.01 and np.median(found) <= 1e-4
+
+
 # ---- by hand
 
 
@@ -432,8 +629,9 @@ def good() -> dict[str, Any]:
         "allowed": plan.allowed,
         "least_tokens": np.array([0, 10], np.int32),
         "guard": np.array([64, 64], np.int32),
+        "groups": None,
         "workspace": workspace(_C.plan_workspace(2, 70)),
-        "layout": (128, 128, 1, 1),
+        "layout": (128, 128, 1, 1, 0),
         "budget": -1,
         "entry_bytes": 8,
         "list_bytes": 16,
@@ -469,7 +667,7 @@ ONLY_WHOLE = np.diag([0, 0, 0, 0, 1]).astype(np.uint8)
         ({"guard": np.zeros(2)}, TypeError, "guard: expected int32, got float64"),
         ({"workspace": workspace(64)}, ValueError, f"workspace: expected {_C.plan_workspace(2, 70)} bytes, got 64"),
         (
-            {"layout": (72, 72, 1, 1)},
+            {"layout": (72, 72, 1, 1, 0)},
             NotImplementedError,
             "head_dim: expected 64, 80, 96, 128 or 256, got 72",
         ),
@@ -521,6 +719,25 @@ ONLY_WHOLE = np.diag([0, 0, 0, 0, 1]).astype(np.uint8)
             ValueError,
             "guard: expected room for the least_tokens of list 1, for which only (16, 16) is allowed, got 63",
         ),
+        ({"groups": np.zeros(3, np.int32)}, ValueError, "groups: expected shape (2,), got (3,)"),
+        ({"groups": np.zeros(2, np.int64)}, TypeError, "groups: expected int32, got int64"),
+        ({"groups": np.array([0, 2], np.int32)}, ValueError, "groups: expected 0..1, got 2 for list 1"),
+        ({"groups": np.array([-1, 0], np.int32)}, ValueError, "groups: expected 0..1, got -1 for list 0"),
+        (
+            {"groups": np.zeros(2, np.int32), "fixed_class": 1, "allowed": ONLY_WHOLE},
+            ValueError,
+            "fixed_class: expected 0 with groups, got 1",
+        ),
+        (
+            {"groups": np.zeros(2, np.int32), "allowed": ONLY_WHOLE},
+            ValueError,
+            "guard: expected room for the least_tokens of list 0, for which only (16, 16) is allowed, got 64",
+        ),
+        (
+            {"groups": np.zeros(2, np.int32), "budget": 5},
+            _C.BudgetError,
+            "budget: expected at least 18496 bytes, got 5",
+        ),
         ({"budget": 5}, _C.BudgetError, "budget: expected at least 4648 bytes, got 5"),
     ],
 )
@@ -535,7 +752,7 @@ def test_refused(change: dict[str, Any], error: type[Exception], sentence: str) 
 
 
 def test_count_and_sizes() -> None:
-    with pytest.raises(TypeError, match="plan: expected 17 positional arguments, got 0"):
+    with pytest.raises(TypeError, match="plan: expected 18 positional arguments, got 0"):
         _C.plan()  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"plan_workspace: n: expected an integer in 0..2147483647, got -1"):
         _C.plan_workspace(-1, 1)

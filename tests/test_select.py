@@ -1,4 +1,4 @@
-"""select, share and pyramid against plain sorting and exact fractions, and every refusal."""
+"""select, ada, share and pyramid against plain sorting and exact fractions, and every refusal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvcomp import _C
-from reference_policy import Array, select, share, share_level, workspace
+from reference_policy import Array, ada, select, share, share_level, workspace
 
 
 def run(importance: Array | None, keep: list[int], s: int, first: list[int] | None, sinks: int, window: int) -> Array:
@@ -136,6 +136,147 @@ def test_refused(change: dict[str, Any], error: type[Exception], sentence: str) 
     with pytest.raises(error) as raised:
         _C.select(*arguments.values())
     assert str(raised.value) == f"select: {sentence}"
+    np.testing.assert_array_equal(arguments["kept"], before)
+
+
+# ---- ada
+
+
+def adapt(
+    importance: Array, keep: list[int], first: list[int] | None, floor: list[int], sinks: int, window: int
+) -> Array:
+    n, s = importance.shape
+    kept = np.full((n, s), 9, np.uint8)
+    scratch = workspace(_C.ada_workspace(n, s))
+    scratch[:] = 0xAB
+    begin = None if first is None else np.array(first, np.int32)
+    heads = n // len(keep)
+    _C.ada(kept, importance, np.array(keep, np.int32), begin, scratch, heads, np.array(floor, np.int32), sinks, window)
+    return kept
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_ada_random(data: st.DataObject) -> None:
+    b, heads, s = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 25))
+    n = b * heads
+    scores = data.draw(st.lists(SCORES, min_size=n * s, max_size=n * s))
+    importance = np.array(scores, np.float32).reshape(n, s)
+    keep = data.draw(st.lists(st.integers(0, 110), min_size=b, max_size=b))
+    floor = data.draw(st.lists(st.integers(0, 30), min_size=b, max_size=b))
+    first = data.draw(st.none() | st.lists(st.integers(0, s), min_size=n, max_size=n))
+    sinks, window = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 12))
+    begin = first or [0] * n
+    want = ada(importance, keep, begin, heads, floor, sinks, window)
+    for i, f in enumerate(begin):
+        importance[i, :f] = np.nan  # not read
+    got = adapt(importance, keep, first, floor, sinks, window)
+    np.testing.assert_array_equal(got, want)
+    for i in range(b):
+        real = [s - f for f in begin[i * heads : (i + 1) * heads]]
+        floors = sum(r if r <= window else min(floor[i], r) for r in real)
+        assert got[i * heads : (i + 1) * heads].sum() == max(min(keep[i], sum(real)), floors)
+
+
+def test_ada_long_lists() -> None:
+    rng = np.random.default_rng(1)
+    importance = rng.exponential(size=(6, 3000)).astype(np.float32) ** 4
+    importance[1] *= 0.01
+    importance[3:] = np.round(importance[3:], 1)  # many ties
+    first = [0, 0, 0, 17, 17, 17]
+    got = adapt(importance, [2000, 4000], first, [100, 64], 4, 32)
+    np.testing.assert_array_equal(got, ada(importance, [2000, 4000], first, 3, [100, 64], 4, 32))
+    assert got[1].sum() < got[0].sum()  # the head that needs less gives to the others
+
+
+def test_ada_is_select_for_one_head() -> None:
+    importance = np.random.default_rng(2).random((2, 60)).astype(np.float32)
+    got = adapt(importance, [30, 7], None, [30, 7], 2, 5)
+    np.testing.assert_array_equal(got, run(importance, [30, 7], 60, None, 2, 5))
+    whole = adapt(importance, [30, 7], None, [7, 7], 2, 5)  # sinks and window fit the floor: the same again
+    np.testing.assert_array_equal(whole, got)
+
+
+def test_ada_ties() -> None:
+    got = adapt(np.full((3, 10), 0.5, np.float32), [14], None, [2], 0, 1)
+    assert [np.flatnonzero(row).tolist() for row in got] == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 9], [0, 9]]
+    zeros = np.array([[0.0, -0.0, 0.0], [-0.0, 0.0, 0.0]], np.float32)
+    assert adapt(zeros, [4], None, [0], 0, 0).tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_ada_budgets() -> None:
+    importance = np.arange(20, dtype=np.float32).reshape(2, 10)
+    assert adapt(importance, [0], None, [0], 2, 3).sum() == 0
+    assert adapt(importance, [3], None, [5], 0, 0).sum(1).tolist() == [5, 5]  # the floors win
+    assert adapt(importance, [99], None, [5], 0, 0).sum() == 20
+    assert adapt(importance, [2**31 - 1], None, [2**31 - 1], 0, 0).sum() == 20
+    assert adapt(importance, [8], None, [0], 0, 0).sum(1).tolist() == [0, 8]
+    assert adapt(importance, [0], [8, 0], [0], 0, 3).sum(1).tolist() == [2, 0]  # no longer than the window: whole
+    assert adapt(np.zeros((2, 1), np.float32), [1], None, [0], 0, 0).tolist() == [[1], [0]]
+    assert adapt(importance, [4], [10, 10], [4], 1, 1).sum() == 0  # no real token
+
+
+def good_ada() -> dict[str, Any]:
+    return {
+        "kept": np.full((4, 6), 7, np.uint8),
+        "importance": np.ones((4, 6), np.float32),
+        "keep": np.array([3, 4], np.int32),
+        "first": np.array([0, 1, 0, 0], np.int32),
+        "workspace": workspace(_C.ada_workspace(4, 6)),
+        "heads": 2,
+        "floor": np.array([1, 2], np.int32),
+        "sinks": 1,
+        "window": 2,
+    }
+
+
+def scores_of_four(value: float) -> Array:
+    importance = np.ones((4, 6), np.float32)
+    importance[1, 3] = value
+    return importance
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"kept": np.zeros((4, 6), np.int32)}, TypeError, "kept: expected uint8, got int32"),
+        ({"kept": np.zeros(6, np.uint8)}, ValueError, "kept: expected shape (*, *), got (6,)"),
+        ({"importance": np.ones((4, 5), np.float32)}, ValueError, "importance: expected shape (4, 6), got (4, 5)"),
+        ({"importance": np.ones((4, 6))}, TypeError, "importance: expected float32, got float64"),
+        ({"importance": None}, TypeError, "importance: expected a tensor, got None"),
+        *(
+            (
+                {"importance": scores_of_four(value)},
+                ValueError,
+                f"importance: expected finite values >= 0, got {value:g} at list 1, token 3",
+            )
+            for value in (np.nan, np.inf, -1)
+        ),
+        ({"heads": 3}, ValueError, "kept: expected a multiple of 3 heads as lists, got 4"),
+        ({"heads": 0}, ValueError, "heads: expected an integer in 1..2147483647, got 0"),
+        ({"keep": np.array([3, -1], np.int32)}, ValueError, "keep: expected counts >= 0, got -1 for sequence 1"),
+        ({"keep": np.array([3, 1, 1, 1], np.int32)}, ValueError, "keep: expected shape (2,), got (4,)"),
+        ({"keep": np.array([3, 1])}, TypeError, "keep: expected int32, got int64"),
+        ({"floor": np.array([-2, 1], np.int32)}, ValueError, "floor: expected counts >= 0, got -2 for sequence 0"),
+        ({"floor": np.array([1], np.int32)}, ValueError, "floor: expected shape (2,), got (1,)"),
+        ({"first": np.array([0, 0], np.int32)}, ValueError, "first: expected shape (4,), got (2,)"),
+        ({"first": np.array([0, 0, 7, 0], np.int32)}, ValueError, "first: expected 0..6, got 7 for list 2"),
+        ({"first": np.array([0, -1, 0, 0], np.int32)}, ValueError, "first: expected 0..6, got -1 for list 1"),
+        ({"sinks": -1}, ValueError, "sinks: expected an integer in 0..2147483647, got -1"),
+        ({"window": -1}, ValueError, "window: expected an integer in 0..2147483647, got -1"),
+        (
+            {"workspace": workspace(64)},
+            ValueError,
+            f"workspace: expected {_C.ada_workspace(4, 6)} bytes, got 64",
+        ),
+    ],
+)
+def test_ada_refused(change: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    arguments = good_ada() | change
+    before = arguments["kept"].copy()
+    with pytest.raises(error) as raised:
+        _C.ada(*arguments.values())
+    assert str(raised.value) == f"ada: {sentence}"
     np.testing.assert_array_equal(arguments["kept"], before)
 
 

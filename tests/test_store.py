@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvcomp import _C, store
 from kvcomp.layer_input import LayerInput
+from kvcomp.packed import Packed
 from kvcomp.policy import Policy
-from kvcomp.prompt import Packed, compress_prompt
+from kvcomp.prompt import compress_prompt
 from kvcomp.store import PAGES, TAIL_PAGE, TAIL_TOKENS, TOKENS, PackedLayer
 from reference import Array, attention, error_bound
 
@@ -356,7 +357,7 @@ def test_ledger_counts_what_is_there() -> None:
         "scales": B * H * 128 * 2 * 4,
         "window": B * H * 72 * D * 4,
     }
-    assert layer.table_bytes == layer.table.nbytes + layer.lists.nbytes
+    assert layer.table_bytes == layer.table.nbytes + layer.lists.nbytes + 2 * len(layer.lists)
     assert (layer.lists[:, TAIL_PAGE] == 2).all() and (layer.lists[:, PAGES] == 7).all()
     assert int(entries["tokens"].sum()) == int(layer.lists[:, TOKENS].sum())
 

@@ -7,6 +7,7 @@
 
 #define RUN_UNITS 32 /* a slab is a whole number of 4 KiB memory pages */
 #define HUGE_BYTES ((uintptr_t)2 << 20)
+#define GIVE_BACK_UNITS ((uint32_t)(4 << 20) / KVC_UNIT) /* what compact moves before it gives memory back */
 #define FREE_END UINT32_MAX
 #define LIVE (UINT32_MAX - 1)
 
@@ -17,16 +18,11 @@ typedef struct {
     uint32_t *next; /* of each page: the next free one, FREE_END, or LIVE */
 } slab;
 
-typedef struct {
-    uint32_t first, units;
-} run;
-
 struct kvc_arena {
     char *base;
     int64_t reserved, nbytes, used;
-    slab *slabs; /* by first unit */
-    run *runs;   /* free runs by first unit, never adjacent */
-    size_t slab_count, run_count, slab_room, run_room;
+    slab *slabs; /* by first unit; what lies between them is free */
+    size_t slab_count, slab_room;
 };
 
 kvc_status kvc_arena_create(int64_t bytes, kvc_arena **out) {
@@ -44,13 +40,6 @@ kvc_status kvc_arena_create(int64_t bytes, kvc_arena **out) {
         }
     }
     arena->reserved = bytes;
-    arena->runs = malloc(sizeof *arena->runs);
-    if (!arena->runs) {
-        kvc_arena_destroy(arena);
-        return kvc_fail(KVC_ENOMEM, "arena: out of memory");
-    }
-    arena->runs[0] = (run){0, (uint32_t)(bytes / KVC_UNIT)};
-    arena->run_count = arena->run_room = 1;
     *out = arena;
     return KVC_OK;
 }
@@ -60,7 +49,6 @@ void kvc_arena_destroy(kvc_arena *arena) {
     munmap(arena->base, (size_t)arena->reserved);
     for (size_t i = 0; i < arena->slab_count; i++) free(arena->slabs[i].next);
     free(arena->slabs);
-    free(arena->runs);
     free(arena);
 }
 
@@ -72,58 +60,62 @@ static void *grown(void *items, size_t *room, size_t wanted, size_t size) {
     return larger;
 }
 
-/* Huge memory pages for the whole ones inside a slab: attention reads gigabytes in order; none is held beyond it. */
-static void use_huge_pages(char *first, int64_t bytes) {
-    const uintptr_t begin = ((uintptr_t)first + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
-    const uintptr_t end = ((uintptr_t)first + (uintptr_t)bytes) & ~(HUGE_BYTES - 1);
-    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* a hint: failing is as good as not asking */
+/* Huge memory pages for the whole ones inside a slab: attention reads gigabytes in order; none is held beyond it.
+ * MADV_NOHUGEPAGE takes that back. */
+static void advise_huge(const kvc_arena *arena, const slab *of, int advice) {
+    const uintptr_t base = (uintptr_t)arena->base + (uintptr_t)of->first * KVC_UNIT;
+    const uintptr_t begin = (base + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+    const uintptr_t end = (base + (uintptr_t)of->units * KVC_UNIT) & ~(HUGE_BYTES - 1);
+    if (begin < end) madvise((void *)begin, end - begin, advice); /* a hint: failing is as good as not asking */
+}
+
+static void give_back(const kvc_arena *arena, int64_t first, int64_t units) {
+    madvise(arena->base + first * KVC_UNIT, (size_t)(units * KVC_UNIT), MADV_DONTNEED);
+}
+
+static uint32_t end_of(const slab *of) { return of->first + of->units; }
+
+/* The gap before slab s, or behind the last one. */
+static void gap_before(const kvc_arena *arena, size_t s, int64_t *low, int64_t *high) {
+    *low = s ? end_of(&arena->slabs[s - 1]) : 0;
+    *high = s < arena->slab_count ? arena->slabs[s].first : arena->reserved / KVC_UNIT;
+}
+
+static int64_t whole_runs(int64_t units) { return (units + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS; }
+
+/* There is room for it. */
+static slab *slab_insert(kvc_arena *arena, size_t at, slab added) {
+    memmove(arena->slabs + at + 1, arena->slabs + at, (arena->slab_count++ - at) * sizeof added);
+    arena->slabs[at] = added;
+    arena->nbytes += (int64_t)added.units * KVC_UNIT;
+    advise_huge(arena, &added, MADV_HUGEPAGE);
+    return &arena->slabs[at];
 }
 
 /* A new slab of `pages` pages, or NULL when memory or address space is out. */
 static slab *slab_create(kvc_arena *arena, uint32_t page_units, int64_t pages) {
-    const int64_t units = (pages * page_units + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS;
-    size_t r = 0;
-    while (r < arena->run_count && arena->runs[r].units < units) r++;
-    if (r == arena->run_count) return NULL;
+    const int64_t units = whole_runs(pages * page_units);
+    int64_t low, high;
+    size_t at = 0;
+    for (gap_before(arena, 0, &low, &high); high - low < units; gap_before(arena, at, &low, &high))
+        if (at++ == arena->slab_count) return NULL;
     slab *slabs = grown(arena->slabs, &arena->slab_room, arena->slab_count + 1, sizeof *slabs);
     if (!slabs) return NULL;
     arena->slabs = slabs;
     uint32_t *next = malloc((size_t)pages * sizeof *next);
     if (!next) return NULL;
     for (int64_t i = 0; i < pages; i++) next[i] = i + 1 < pages ? (uint32_t)(i + 1) : FREE_END;
-    const uint32_t first = arena->runs[r].first;
-    arena->runs[r].first += (uint32_t)units;
-    arena->runs[r].units -= (uint32_t)units;
-    if (arena->runs[r].units == 0)
-        memmove(arena->runs + r, arena->runs + r + 1, (--arena->run_count - r) * sizeof *arena->runs);
-    size_t at = 0;
-    while (at < arena->slab_count && slabs[at].first < first) at++;
-    memmove(slabs + at + 1, slabs + at, (arena->slab_count++ - at) * sizeof *slabs);
-    slabs[at] = (slab){first, (uint32_t)units, page_units, (uint32_t)pages, 0, 0, next};
-    arena->nbytes += units * KVC_UNIT;
-    use_huge_pages(arena->base + (int64_t)first * KVC_UNIT, units * KVC_UNIT);
-    return &slabs[at];
+    return slab_insert(arena, at, (slab){(uint32_t)low, (uint32_t)units, page_units, (uint32_t)pages, 0, 0, next});
 }
 
-/* Gives an empty slab's memory back. Room for one more run was made when the slab's pages were freed. */
+/* Gives an empty slab's memory back. */
 static void slab_release(kvc_arena *arena, size_t s) {
     const slab gone = arena->slabs[s];
     memmove(arena->slabs + s, arena->slabs + s + 1, (--arena->slab_count - s) * sizeof gone);
     free(gone.next);
     arena->nbytes -= (int64_t)gone.units * KVC_UNIT;
-    madvise(arena->base + (int64_t)gone.first * KVC_UNIT, (size_t)gone.units * KVC_UNIT, MADV_DONTNEED);
-    size_t r = 0;
-    while (r < arena->run_count && arena->runs[r].first < gone.first) r++;
-    memmove(arena->runs + r + 1, arena->runs + r, (arena->run_count++ - r) * sizeof *arena->runs);
-    arena->runs[r] = (run){gone.first, gone.units};
-    if (r + 1 < arena->run_count && gone.first + gone.units == arena->runs[r + 1].first) {
-        arena->runs[r].units += arena->runs[r + 1].units;
-        memmove(arena->runs + r + 1, arena->runs + r + 2, (--arena->run_count - r - 1) * sizeof *arena->runs);
-    }
-    if (r > 0 && arena->runs[r - 1].first + arena->runs[r - 1].units == gone.first) {
-        arena->runs[r - 1].units += arena->runs[r].units;
-        memmove(arena->runs + r, arena->runs + r + 1, (--arena->run_count - r) * sizeof *arena->runs);
-    }
+    advise_huge(arena, &gone, MADV_NOHUGEPAGE);
+    give_back(arena, gone.first, gone.units);
 }
 
 static kvc_status check_page(int64_t page_bytes, int64_t count) {
@@ -181,9 +173,6 @@ bool kvc_arena_live(const kvc_arena *arena, int64_t page_bytes, uint32_t unit) {
 kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, const uint32_t *units) {
     KVC_TRY(check_page(page_bytes, count));
     const uint32_t page_units = (uint32_t)(page_bytes / KVC_UNIT);
-    run *runs = grown(arena->runs, &arena->run_room, arena->run_count + arena->slab_count + 1, sizeof *runs);
-    KVC_CHECK(runs, KVC_ENOMEM, "arena: out of memory");
-    arena->runs = runs;
     int64_t done = 0;
     for (; done < count; done++) {
         if (!kvc_arena_live(arena, page_bytes, units[done])) break;
@@ -209,6 +198,212 @@ kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, c
     for (size_t s = arena->slab_count; s-- > 0;)
         if (arena->slabs[s].live == 0) slab_release(arena, s);
     return KVC_OK;
+}
+
+/* ---- compact: the pages `from`, in order, go to `place`, slots of the slabs that are to be */
+
+typedef struct {
+    kvc_arena *arena;
+    uint32_t page_units;
+    int64_t n; /* live pages, > 0 */
+    uint32_t *from, *place;
+    slab *slabs; /* those to be, by first unit; at most as many as there were */
+    size_t count;
+} compaction;
+
+/* Index in `from`, or -1. */
+static int64_t index_of(const compaction *c, uint32_t unit) {
+    int64_t low = 0, high = c->n;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (c->from[middle] < unit)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < c->n && c->from[low] == unit ? low : -1;
+}
+
+/* Fills `from`; EINVAL unless `units` are these pages, each once. Uses `place` for marks. */
+static kvc_status list_live(compaction *c, const uint32_t *units) {
+    const long long page_bytes = (long long)c->page_units * KVC_UNIT;
+    int64_t i = 0;
+    for (const slab *at = c->arena->slabs; at < c->arena->slabs + c->arena->slab_count; at++)
+        for (uint32_t page = 0; at->page_units == c->page_units && page < at->pages; page++)
+            if (at->next[page] == LIVE) c->from[i++] = at->first + page * c->page_units;
+    memset(c->place, 0, (size_t)c->n * sizeof *c->place);
+    for (int64_t k = 0; k < c->n; k++) {
+        i = index_of(c, units[k]);
+        KVC_CHECK(i >= 0, KVC_EINVAL, "arena: units: expected live pages of %lld bytes, got unit %u", page_bytes,
+                  units[k]);
+        KVC_CHECK(!c->place[i]++, KVC_EINVAL,
+                  "arena: units: expected every live page of %lld bytes once, got unit %u twice", page_bytes, units[k]);
+    }
+    return KVC_OK;
+}
+
+/* Adds a slab for n pages to those to be; false: memory is out. */
+static bool plan_slab(compaction *c, int64_t first, int64_t n) {
+    const int64_t units = whole_runs(n * c->page_units), pages = units / c->page_units;
+    uint32_t *next = calloc((size_t)pages, sizeof *next);
+    if (next)
+        c->slabs[c->count++] = (slab){(uint32_t)first,
+                                      (uint32_t)units,
+                                      c->page_units,
+                                      (uint32_t)pages,
+                                      (uint32_t)n,
+                                      n < pages ? (uint32_t)n : FREE_END,
+                                      next};
+    return next != NULL;
+}
+
+/* One slab for all pages, begun where the most of them can stay, which is at a slab's first page if anywhere; where
+ * other pages leave no such room, the slabs that are there. */
+static bool plan_slabs(compaction *c) {
+    const kvc_arena *arena = c->arena;
+    const int64_t wanted = whole_runs(c->n * c->page_units);
+    int64_t best = -1, most = -1, i = 0;
+    for (size_t s = 0, other;; s = other + 1) { /* a stretch between slabs of other pages: s .. other - 1 are ours */
+        for (other = s; other < arena->slab_count && arena->slabs[other].page_units == c->page_units;) other++;
+        int64_t low, high, unused;
+        gap_before(arena, s, &low, &unused);
+        gap_before(arena, other, &unused, &high);
+        if (most < 0 && low + wanted <= high) best = low, most = 0;
+        for (; s < other; s++) {
+            const slab *at = &arena->slabs[s];
+            int64_t stay = 0;
+            for (; i < c->n && c->from[i] < end_of(at); i++) stay += c->from[i] < at->first + c->n * c->page_units;
+            if (stay > most && at->first + wanted <= high) best = at->first, most = stay;
+        }
+        if (other == arena->slab_count) break;
+    }
+    if (best >= 0) return plan_slab(c, best, c->n);
+    int64_t left = c->n;
+    for (size_t s = 0; s < arena->slab_count && left > 0; s++) {
+        const slab *at = &arena->slabs[s];
+        if (at->page_units != c->page_units) continue;
+        const int64_t room = at->units / at->page_units, n = left < room ? left : room;
+        if (!plan_slab(c, at->first, n)) return false;
+        left -= n;
+    }
+    return true;
+}
+
+/* Fills `place`: a page that is in a slot stays, the others take the free ones in order. */
+static void plan_places(compaction *c) {
+    const slab *to = c->slabs, *last = c->slabs + c->count - 1;
+    for (int64_t i = 0; i < c->n; i++) {
+        while (to < last && c->from[i] >= end_of(to)) to++;
+        const uint32_t offset = c->from[i] - to->first, slot = offset / c->page_units;
+        const bool stays = c->from[i] >= to->first && offset % c->page_units == 0 && slot < to->live;
+        c->place[i] = stays ? c->from[i] : FREE_END;
+        if (stays) to->next[slot] = LIVE;
+    }
+    to = c->slabs;
+    uint32_t page = 0;
+    for (int64_t i = 0; i < c->n; i++) {
+        if (c->place[i] != FREE_END) continue;
+        while (page == to->live || to->next[page] == LIVE)
+            if (page++ == to->live) to++, page = 0;
+        c->place[i] = to->first + page * c->page_units;
+        to->next[page] = LIVE;
+    }
+    for (to = c->slabs; to < c->slabs + c->count; to++)
+        for (page = to->live; page < to->pages; page++) to->next[page] = page + 1 < to->pages ? page + 1 : FREE_END;
+}
+
+/* Gives back the whole memory pages of low .. high-1 that are in no slab that is to be. */
+static void give_back_rest(const compaction *c, int64_t low, int64_t high) {
+    low = whole_runs(low);
+    high = high / RUN_UNITS * RUN_UNITS;
+    for (const slab *to = c->slabs; to < c->slabs + c->count && low < high; to++) {
+        if (end_of(to) <= low) continue;
+        if (low < to->first) give_back(c->arena, low, (to->first < high ? to->first : high) - low);
+        low = end_of(to);
+    }
+    if (low < high) give_back(c->arena, low, high - low);
+}
+
+/* Moves the pages that go up, from the last to the first, or those that go down, from the first to the last. As places
+ * are in the order of pages, none is written over before it has moved, and the two directions never meet. Memory is
+ * given back on the way, so that a move to somewhere else takes no second copy's. */
+static void move_pages(const compaction *c, bool up) {
+    const kvc_arena *arena = c->arena;
+    uint32_t low = 0, high = 0; /* a part of one slab from which all pages have moved away */
+    for (int64_t k = 0; k < c->n; k++) {
+        const int64_t i = up ? c->n - 1 - k : k;
+        const uint32_t from = c->from[i], to = c->place[i];
+        const bool moves = up ? to > from : to < from;
+        if (moves)
+            memmove(arena->base + (int64_t)to * KVC_UNIT, arena->base + (int64_t)from * KVC_UNIT,
+                    (size_t)c->page_units * KVC_UNIT);
+        const bool joins = moves && low < high && slab_of(arena, from) == slab_of(arena, low);
+        if (!joins || high - low >= GIVE_BACK_UNITS) {
+            give_back_rest(c, low, high);
+            low = high = moves ? from : 0;
+        }
+        if (!moves) continue;
+        if (up || low == high) low = from;
+        if (!up || high < from + c->page_units) high = from + c->page_units;
+    }
+}
+
+/* The slabs that are to be instead of those that were. */
+static void replace_slabs(compaction *c) {
+    kvc_arena *arena = c->arena;
+    size_t kept = 0;
+    for (size_t s = 0; s < arena->slab_count; s++) {
+        slab *at = &arena->slabs[s];
+        if (at->page_units != c->page_units) {
+            arena->slabs[kept++] = *at;
+            continue;
+        }
+        arena->nbytes -= (int64_t)at->units * KVC_UNIT;
+        advise_huge(arena, at, MADV_NOHUGEPAGE);
+        give_back_rest(c, at->first, end_of(at));
+        free(at->next);
+    }
+    arena->slab_count = kept;
+    for (size_t s = 0, at = 0; s < c->count; s++) {
+        while (at < arena->slab_count && arena->slabs[at].first < c->slabs[s].first) at++;
+        slab_insert(arena, at, c->slabs[s]);
+    }
+}
+
+kvc_status kvc_arena_compact(kvc_arena *arena, int64_t page_bytes, int64_t count, uint32_t *units) {
+    KVC_TRY(check_page(page_bytes, count));
+    compaction c = {.arena = arena, .page_units = (uint32_t)(page_bytes / KVC_UNIT)};
+    size_t slabs = 0;
+    for (size_t s = 0; s < arena->slab_count; s++)
+        if (arena->slabs[s].page_units == c.page_units) {
+            c.n += arena->slabs[s].live;
+            slabs++;
+        }
+    KVC_CHECK(count == c.n, KVC_EINVAL, "arena: units: expected all %lld live pages of %lld bytes, got %lld units",
+              (long long)c.n, (long long)page_bytes, (long long)count);
+    if (count == 0) return KVC_OK;
+    c.from = malloc((size_t)count * sizeof *c.from);
+    c.place = malloc((size_t)count * sizeof *c.place);
+    c.slabs = malloc(slabs * sizeof *c.slabs);
+    kvc_status status = KVC_OK;
+    if (!c.from || !c.place || !c.slabs) status = kvc_fail(KVC_ENOMEM, "arena: out of memory");
+    if (status == KVC_OK) status = list_live(&c, units);
+    if (status == KVC_OK && !plan_slabs(&c)) {
+        while (c.count > 0) free(c.slabs[--c.count].next);
+        status = kvc_fail(KVC_ENOMEM, "arena: out of memory");
+    }
+    if (status == KVC_OK) { /* nothing fails from here on */
+        plan_places(&c);
+        for (size_t s = 0; s < c.count; s++) advise_huge(arena, &c.slabs[s], MADV_HUGEPAGE);
+        move_pages(&c, false);
+        move_pages(&c, true);
+        replace_slabs(&c);
+        for (int64_t k = 0; k < count; k++) units[k] = c.place[index_of(&c, units[k])];
+    }
+    free(c.from);
+    free(c.place);
+    free(c.slabs);
+    return status;
 }
 
 void *kvc_arena_base(const kvc_arena *arena) { return arena->base; }

@@ -1,6 +1,6 @@
 /* arena.h: memory for pages on the CPU. One range of address space is reserved; slabs (runs of pages of one size) are
- * taken from it and, when all their pages are free again, given back to the system, so addresses of live pages never
- * move and freed memory is really freed. Not thread-safe: one owner. */
+ * taken from it and, when all their pages are free again, given back to the system, so freed memory is really freed.
+ * Live pages stay where they are, except that compact moves those of one size. Not thread-safe: one owner. */
 #pragma once
 #include "core/core.h"
 
@@ -15,6 +15,11 @@ void kvc_arena_destroy(kvc_arena *arena);
 kvc_status kvc_arena_alloc(kvc_arena *arena, int64_t page_bytes, int64_t count, uint32_t *units);
 /* EINVAL, and nothing freed, when a unit is no live page of that size. */
 kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, const uint32_t *units);
+/* Moves all live pages of this size together, into ceil(bytes / 4 KiB) memory pages, bits and all; the memory they
+ * leave goes back. `units`: every live page of the size, once, in any order; on return where each is now. As many as
+ * can stay where they are. Where slabs of other sizes leave no room in one piece, pages fill the slabs there are from
+ * the lowest address on. EINVAL for other units, ENOMEM: nothing has changed. */
+kvc_status kvc_arena_compact(kvc_arena *arena, int64_t page_bytes, int64_t count, uint32_t *units);
 
 void *kvc_arena_base(const kvc_arena *arena);
 int64_t kvc_arena_reserved(const kvc_arena *arena);

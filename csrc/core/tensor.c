@@ -111,6 +111,8 @@ kvc_status kvc_expect_layout(const char *op, const kvc_layout *layout) {
               op, layout->zero_point);
     KVC_CHECK(layout->half == KVC_FLOAT16 || layout->half == KVC_BFLOAT16, KVC_EINVAL,
               "%s: half: expected float16 (%d) or bfloat16 (%d), got %d", op, KVC_FLOAT16, KVC_BFLOAT16, layout->half);
+    KVC_CHECK(layout->scale_dtype == KVC_STEP_FP16 || layout->scale_dtype == KVC_STEP_E5M3, KVC_EINVAL,
+              "%s: scale_dtype: expected 0 (fp16) or 1 (e5m3), got %d", op, layout->scale_dtype);
     return KVC_OK;
 }
 

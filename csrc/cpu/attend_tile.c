@@ -13,6 +13,8 @@
 typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vu16 __attribute__((vector_size(32)));
+typedef uint8_t vu8 __attribute__((vector_size(16)));
 typedef float vf4 __attribute__((vector_size(16)));
 
 #define NAME2(name, isa) name##_##isa
@@ -44,7 +46,8 @@ INLINE vf from_half(vu low16, int dtype) {
 
 INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room, int half, int ct, int r) {
     if (bits == 2 || bits == 3) {
-        /* Sixteen words are loaded where eight or four are wanted: what follows a half's codes is its scales. */
+        /* Sixteen words are loaded where eight or four are wanted: what follows a half's codes is its scales, 64 bytes
+         * or more. */
         const uint32_t *const row = w[0] + ct * 32 * bits;
         vu v = load_words(row + 8 * r), x = {0};
         v = __builtin_shuffle(v, (vu){0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
@@ -92,20 +95,37 @@ INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room
     }
 }
 
-/* Scales and zeros of one group, in the order of scores. */
-INLINE void load_scales(vf scale[4], vf zero[4], const uint16_t *scales, int zero_point) {
+/* Sixteen bytes or pairs of bytes, each in a word of its own. Bytes in two steps: GCC has no one instruction for it. */
+INLINE vu load_bytes(const uint8_t *bytes) {
+    vu8 v;
+    memcpy(&v, bytes, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, vu16), vu);
+}
+INLINE vu load_pairs(const uint8_t *pairs) {
+    vu16 v;
+    memcpy(&v, pairs, sizeof v);
+    return __builtin_convertvector(v, vu);
+}
+
+/* Scales and zeros of one group, in the order of scores. `scales` is what follows the half's codes. */
+INLINE void load_scales(vf scale[4], vf zero[4], const uint8_t *scales, int room, int g, const kvc_layout *layout) {
     float natural[2][KVC_PAGE_TOKENS] __attribute__((aligned(64)));
+    scales += kvc_scale_offset(layout, room, g, 0);
     for (int i = 0; i < KVC_PAGE_TOKENS / V; i++) {
-        if (zero_point) {
+        vf s, z = {0};
+        if (layout->scale_dtype == KVC_STEP_E5M3) {
+            const vu v = layout->zero_point ? load_pairs(scales + 2 * V * i) : load_bytes(scales + V * i);
+            s = (vf)((v & 0xff) << 20) * 0x1p112f; /* kvc_e5m3_to_float */
+            if (layout->zero_point) z = s * (__builtin_convertvector((vi)(v << 16) >> 24, vf) * 0.125f);
+        } else if (layout->zero_point) {
             const vu v = load_words((const uint32_t *)scales + V * i);
-            *(vf *)&natural[0][V * i] = from_half(v & 0xffff, KVC_FLOAT16);
-            *(vf *)&natural[1][V * i] = from_half(v >> 16, KVC_FLOAT16);
+            s = from_half(v & 0xffff, KVC_FLOAT16);
+            z = from_half(v >> 16, KVC_FLOAT16);
         } else {
-            vu v;
-            for (int j = 0; j < V; j++) v[j] = scales[V * i + j];
-            *(vf *)&natural[0][V * i] = from_half(v, KVC_FLOAT16);
-            *(vf *)&natural[1][V * i] = (vf){0};
+            s = from_half(load_pairs(scales + 2 * V * i), KVC_FLOAT16);
         }
+        *(vf *)&natural[0][V * i] = s;
+        *(vf *)&natural[1][V * i] = z;
     }
     float *const to[2] = {(float *)scale, (float *)zero};
     for (int part = 0; part < 2; part++)
@@ -160,7 +180,7 @@ INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page
     const uint32_t *words[4];
     for (int i = 0; i < 4; i++) words[i] = (const uint32_t *)page->bytes[i];
     const int tiles = layout->head_dim / KVC_TILE, per_group = bits == 16 ? tiles : layout->group / KVC_TILE;
-    const uint16_t *scales = (const uint16_t *)(page->bytes[0] + kvc_code_bytes(layout, bits, room));
+    const uint8_t *scales = page->bytes[0] + kvc_code_bytes(layout, bits, room);
     const float mid = kvc_mid(bits);
     for (int first = 0, g = 0; first < tiles; first += per_group, g++) {
         vf part[KVC_BLOCK][4]; /* [query][e] */
@@ -190,7 +210,7 @@ INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page
             return;
         }
         vf scale[4], zero[4];
-        load_scales(scale, zero, scales + (size_t)kvc_scale_index(layout, room, g, 0), layout->zero_point);
+        load_scales(scale, zero, scales, room, g, layout);
         for (int q = 0; q < n; q++)
             for (int e = 0; e < 4; e++) {
                 const float sum = block->sum[g][q];
@@ -296,7 +316,7 @@ INLINE void values_of(kvc_attend_block *block, const kvc_attend_page *page, floa
     for (int i = 0; i < 4; i++)
         words[i] = (const uint32_t *)(page->bytes[i] + kvc_half_bytes(layout, page->k_bits, room));
     const int tiles = layout->head_dim / KVC_TILE, per_group = bits == 16 ? tiles : layout->group / KVC_TILE;
-    const uint16_t *scales = (const uint16_t *)((const uint8_t *)words[0] + kvc_code_bytes(layout, bits, room));
+    const uint8_t *scales = (const uint8_t *)words[0] + kvc_code_bytes(layout, bits, room);
     const float mid = kvc_mid(bits);
     for (int first = 0, g = 0; first < tiles; first += per_group, g++) {
         vf weight[KVC_BLOCK][4];
@@ -304,7 +324,7 @@ INLINE void values_of(kvc_attend_block *block, const kvc_attend_page *page, floa
             for (int q = 0; q < n; q++) memcpy(weight[q], p[q], sizeof weight[q]);
         } else {
             vf scale[4], zero[4];
-            load_scales(scale, zero, scales + (size_t)kvc_scale_index(layout, room, g, 0), layout->zero_point);
+            load_scales(scale, zero, scales, room, g, layout);
             for (int q = 0; q < n; q++) {
                 vf bias = {0};
                 for (int e = 0; e < 4; e++) {

@@ -62,7 +62,7 @@ static void tree_sum(float out[T], float (*x)[T], int n) {
         for (int j = 0; j < T; j++) out[j] += x[base][j];
 }
 
-static float rounded(float value) {
+static float rounded_to_half(float value) {
     return kvc_half_to_float(kvc_float_to_half(clamped(value, -65504.0f, 65504.0f), KVC_FLOAT16), KVC_FLOAT16);
 }
 
@@ -135,14 +135,18 @@ static void fit_sigma(affine *out, float (*x)[T], int n, int bits, int zero_poin
     }
 }
 
-static void store_precision(affine *a) {
-    for (int j = 0; j < T; j++) {
-        a->scale[j] = rounded(a->scale[j]);
-        a->zero[j] = rounded(a->zero[j]);
-    }
+static void store_precision(affine *a, const kvc_layout *layout) {
+    if (layout->scale_dtype == KVC_STEP_E5M3)
+        for (int j = 0; j < T; j++) kvc_e5m3_round(&a->scale[j], &a->zero[j]);
+    else
+        for (int j = 0; j < T; j++) {
+            a->scale[j] = rounded_to_half(a->scale[j]);
+            a->zero[j] = rounded_to_half(a->zero[j]);
+        }
 }
 
-static void search(affine *best, float (*x)[T], int n, int bits, int zero_point, float (*scratch)[T]) {
+static void search(affine *best, float (*x)[T], const kvc_layout *layout, int bits, float (*scratch)[T]) {
+    const int n = layout->group, zero_point = layout->zero_point;
     const int first = bits < 8 ? 0 : KVC_SIGMA_FACTORS;
     const float mid = kvc_mid(bits);
     float least[T];
@@ -154,7 +158,7 @@ static void search(affine *best, float (*x)[T], int n, int bits, int zero_point,
         if (f == KVC_SIGMA_FACTORS) fit_minmax(&base, x, n, bits, zero_point);
         affine trial = base;
         for (int j = 0; j < T; j++) trial.scale[j] *= search_factors[f];
-        store_precision(&trial);
+        store_precision(&trial, layout);
         encode(scratch, x, n, bits, &trial);
         for (int c = 0; c < n; c++)
             for (int j = 0; j < T; j++) {
@@ -172,7 +176,31 @@ static void search(affine *best, float (*x)[T], int n, int bits, int zero_point,
     }
 }
 
-/* Where a half begins in its page, and its scales in the half. */
+/* Scales and zeros that are rounded already, as bytes and back. */
+static void put_step(uint8_t *to, float scale, float zero, const kvc_layout *layout) {
+    if (layout->scale_dtype == KVC_STEP_E5M3) {
+        const uint32_t pair = kvc_e5m3_pair(scale, zero);
+        to[0] = (uint8_t)pair;
+        if (layout->zero_point) to[1] = (uint8_t)(pair >> 8);
+    } else {
+        const uint16_t pair[2] = {kvc_float_to_half(scale, KVC_FLOAT16), kvc_float_to_half(zero, KVC_FLOAT16)};
+        memcpy(to, pair, layout->zero_point ? 4 : 2);
+    }
+}
+
+static void get_step(float *scale, float *zero, const uint8_t *from, const kvc_layout *layout) {
+    if (layout->scale_dtype == KVC_STEP_E5M3) {
+        *scale = kvc_e5m3_to_float(from[0]);
+        *zero = layout->zero_point ? kvc_e5m3_zero(*scale, from[1]) : 0.0f;
+    } else {
+        uint16_t pair[2] = {0};
+        memcpy(pair, from, layout->zero_point ? 4 : 2);
+        *scale = kvc_half_to_float(pair[0], KVC_FLOAT16);
+        *zero = kvc_half_to_float(pair[1], KVC_FLOAT16);
+    }
+}
+
+/* Where a half begins in its page. */
 static uint8_t *half_at(const uint8_t *page, const kvc_layout *layout, int k_bits, int v_bits, int half) {
     return (uint8_t *)page + (half ? kvc_half_bytes(layout, k_bits, kvc_page_tokens(k_bits, v_bits)) : 0);
 }
@@ -193,29 +221,26 @@ void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, i
         for (int c = 0; c < d; c++)
             for (int j = 0; j < T; j++) halves[c][j] = j < valid ? kvc_float_to_half(x[c][j], layout->half) : 0;
     } else {
-        uint16_t *scales = (uint16_t *)(at + kvc_code_bytes(layout, bits, room));
+        uint8_t *scales = at + kvc_code_bytes(layout, bits, room);
         for (int g = 0; g < d / layout->group; g++) {
             float (*rows)[T] = x + g * layout->group;
             affine a;
             if (r->scale == KVC_SCALE_SEARCH) {
-                search(&a, rows, layout->group, bits, layout->zero_point, scratch);
+                search(&a, rows, layout, bits, scratch);
             } else {
                 if (r->scale == KVC_SCALE_MINMAX || bits >= 8)
                     fit_minmax(&a, rows, layout->group, bits, layout->zero_point);
                 else
                     fit_sigma(&a, rows, layout->group, bits, layout->zero_point, scratch);
-                store_precision(&a);
+                store_precision(&a, layout);
             }
             if (r->stochastic)
                 encode_stochastic(codes + g * layout->group, rows, layout->group, bits, &a, g * layout->group, half,
                                   numbers ? numbers : no_numbers, r);
             else
                 encode(codes + g * layout->group, rows, layout->group, bits, &a);
-            for (int j = 0; j < T; j++) {
-                const int index = kvc_scale_index(layout, room, g, tile * T + j);
-                scales[index] = j < valid ? kvc_float_to_half(a.scale[j], KVC_FLOAT16) : 0;
-                if (layout->zero_point) scales[index + 1] = j < valid ? kvc_float_to_half(a.zero[j], KVC_FLOAT16) : 0;
-            }
+            for (int j = 0; j < valid; j++)
+                put_step(scales + kvc_scale_offset(layout, room, g, tile * T + j), a.scale[j], a.zero[j], layout);
         }
         for (int c = 0; c < d; c++)
             for (int j = 0; j < T; j++) halves[c][j] = j < valid ? (uint16_t)codes[c][j] : 0;
@@ -242,15 +267,15 @@ void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int 
                     bits == 16 ? kvc_half_to_float((uint16_t)code, layout->half) : (float)code;
             }
     if (bits == 16) return;
-    const uint16_t *scales = (const uint16_t *)(at + kvc_code_bytes(layout, bits, room));
+    const uint8_t *scales = at + kvc_code_bytes(layout, bits, room);
     const float mid = kvc_mid(bits);
-    for (int c = 0; c < d; c++)
-        for (int j = 0; j < T; j++) {
-            const int index = kvc_scale_index(layout, room, c / layout->group, tile * T + j);
-            const float scale = kvc_half_to_float(scales[index], KVC_FLOAT16);
-            const float zero = layout->zero_point ? kvc_half_to_float(scales[index + 1], KVC_FLOAT16) : 0.0f;
-            x[c][j] = zero + scale * (x[c][j] - mid);
-        }
+    for (int g = 0; g < d / layout->group; g++) {
+        affine a;
+        for (int j = 0; j < T; j++)
+            get_step(&a.scale[j], &a.zero[j], scales + kvc_scale_offset(layout, room, g, tile * T + j), layout);
+        for (int c = g * layout->group; c < (g + 1) * layout->group; c++)
+            for (int j = 0; j < T; j++) x[c][j] = a.zero[j] + a.scale[j] * (x[c][j] - mid);
+    }
 }
 
 static void pack_page(void *context, int64_t i) {

@@ -19,8 +19,8 @@ void kvc_row_rotate(float *x, int d);
 /* Clamps to +-2^96: pack.h, step 3. */
 void kvc_tile_clamp(kvc_tile x, int d);
 
-/* Half (0: K, 1: V) of the page at `page`: writes its tile `tile` of `bits` codes and scales. The half's words must be
- * zero before its first tile. Tokens from `valid` on become zero bytes. numbers[j]: token j's number for Philox. */
+/* Half (0: K, 1: V) of the page at `page`: writes its tile `tile` of `bits` codes and scales. The half must be zero
+ * bytes before its first tile. Tokens from `valid` on become zero bytes. numbers[j]: token j's number for Philox. */
 void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x,
                     const uint32_t *numbers, const kvc_rounding *rounding);
 /* The tile's values, as stored (rotated where they were). */

@@ -4,12 +4,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/core.h"
+#include "cpu/select_list.h"
 
 /* ---- kvc_select */
-
-#define DIGIT_BITS 11
-#define DIGITS (1 << DIGIT_BITS)
 
 typedef struct {
     const kvc_select_args *args;
@@ -28,44 +25,77 @@ static uint32_t bits_of(float value) {
     return bits;
 }
 
-/* Marks the `count` most important of tokens begin .. end-1 (count <= end - begin), ties to the older: finds the bits
- * of the least important one marked, digit by digit from the top. */
+void kvc_top_count(const kvc_top *top, const uint8_t *kept, const float *importance, int64_t count,
+                   uint32_t histogram[KVC_DIGITS]) {
+    memset(histogram, 0, KVC_DIGITS * sizeof *histogram);
+    for (int64_t t = 0; t < count; t++) {
+        const uint32_t bits = bits_of(importance[t]);
+        histogram[bits >> top->shift & (KVC_DIGITS - 1)] += !kept[t] && (bits & top->known) == top->threshold;
+    }
+}
+
+uint32_t kvc_top_next(kvc_top *top, const uint32_t *histograms, int64_t lists) {
+    for (uint32_t digit = KVC_DIGITS - 1;; digit--) {
+        int64_t here = 0;
+        for (int64_t i = 0; i < lists; i++) here += histograms[i * KVC_DIGITS + digit];
+        if (here < top->equal) {
+            top->equal -= here;
+            continue;
+        }
+        top->threshold |= digit << top->shift;
+        top->known |= (uint32_t)(KVC_DIGITS - 1) << top->shift;
+        top->shift -= KVC_DIGIT_BITS;
+        return digit;
+    }
+}
+
+void kvc_top_mark(const kvc_top *top, uint8_t *kept, const float *importance, int64_t count, int64_t equal) {
+    for (int64_t t = 0; t < count; t++) {
+        const uint32_t bits = bits_of(importance[t]);
+        if (!kept[t]) kept[t] = bits > top->threshold || (bits == top->threshold && equal-- > 0);
+    }
+}
+
+/* Marks the `count` most important of tokens begin .. end-1 (count <= end - begin), ties to the older. */
 static void mark_top(uint8_t *kept, const float *importance, int64_t begin, int64_t end, int64_t count) {
     if (count <= 0) return;
-    uint32_t threshold = 0, known = 0; /* the digits found so far, and the mask over them */
-    int64_t equal = count;             /* to be marked among those that agree with the digits found */
-    for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
-        uint32_t histogram[DIGITS] = {0};
-        for (int64_t t = begin; t < end; t++) {
-            const uint32_t bits = bits_of(importance[t]);
-            histogram[bits >> shift & (DIGITS - 1)] += (bits & known) == threshold;
-        }
-        uint32_t digit = DIGITS - 1;
-        for (; histogram[digit] < equal; digit--) equal -= histogram[digit];
-        threshold |= digit << shift;
-        known |= (uint32_t)(DIGITS - 1) << shift;
+    kvc_top top = kvc_top_begin(count);
+    while (top.shift >= 0) {
+        uint32_t histogram[KVC_DIGITS];
+        kvc_top_count(&top, kept + begin, importance + begin, end - begin, histogram);
+        kvc_top_next(&top, histogram, 1);
     }
-    for (int64_t t = begin; t < end; t++) {
-        const uint32_t bits = bits_of(importance[t]);
-        kept[t] = bits > threshold || (bits == threshold && equal-- > 0);
-    }
+    kvc_top_mark(&top, kept + begin, importance + begin, end - begin, top.equal);
+}
+
+void kvc_select_list(uint8_t *kept, const float *importance, int64_t s, int64_t first, int64_t keep, int64_t most_sinks,
+                     int64_t most_window) {
+    keep = kvc_select_kept(s - first, keep, most_window);
+    memset(kept, 0, (size_t)s);
+    int64_t window = keep < most_window ? keep : most_window;
+    const int64_t others = keep - window, sinks = others < most_sinks ? others : most_sinks;
+    if (!importance) window = keep - sinks;
+    memset(kept + s - window, 1, (size_t)window);
+    memset(kept + first, 1, (size_t)sinks);
+    if (importance) mark_top(kept, importance, first + sinks, s - window, others - sinks);
 }
 
 static void select_list(void *context, int64_t i) {
     const job *j = context;
     const kvc_select_args *args = j->args;
-    uint8_t *kept = (uint8_t *)args->kept.data + i * j->s;
-    const int64_t first = first_of(args, i), real = j->s - first;
-    int64_t keep = ((const int32_t *)args->keep.data)[i];
-    if (keep > real || real <= args->window) keep = real;
-    memset(kept, 0, (size_t)j->s);
-    int64_t window = keep < args->window ? keep : args->window;
-    const int64_t others = keep - window, sinks = others < args->sinks ? others : args->sinks;
-    if (!kvc_given(&args->importance)) window = keep - sinks;
-    memset(kept + j->s - window, 1, (size_t)window);
-    memset(kept + first, 1, (size_t)sinks);
-    if (kvc_given(&args->importance))
-        mark_top(kept, (const float *)args->importance.data + i * j->s, first + sinks, j->s - window, others - sinks);
+    const float *importance = kvc_given(&args->importance) ? (const float *)args->importance.data + i * j->s : NULL;
+    kvc_select_list((uint8_t *)args->kept.data + i * j->s, importance, j->s, first_of(args, i),
+                    ((const int32_t *)args->keep.data)[i], args->sinks, args->window);
+}
+
+kvc_status kvc_select_check_list(const char *op, const float *importance, int64_t s, int64_t first, int64_t i) {
+    KVC_CHECK(first >= 0 && first <= s, KVC_EINVAL, "%s: first: expected 0..%lld, got %lld for list %lld", op,
+              (long long)s, (long long)first, (long long)i);
+    for (int64_t t = first; importance && t < s; t++)
+        KVC_CHECK(importance[t] >= 0.0f && isfinite(importance[t]), KVC_EINVAL,
+                  "%s: importance: expected finite values >= 0, got %g at list %lld, token %lld", op,
+                  (double)importance[t], (long long)i, (long long)t);
+    return KVC_OK;
 }
 
 static kvc_status check(const kvc_select_args *args) {
@@ -80,17 +110,10 @@ static kvc_status check(const kvc_select_args *args) {
     KVC_CHECK(args->window >= 0, KVC_EINVAL, "select: window: expected a count >= 0, got %d", args->window);
     for (int64_t i = 0; i < n; i++) {
         const int32_t keep = ((const int32_t *)args->keep.data)[i];
-        const int64_t first = first_of(args, i);
+        const float *importance = kvc_given(&args->importance) ? (const float *)args->importance.data + i * s : NULL;
         KVC_CHECK(keep >= 0, KVC_EINVAL, "select: keep: expected counts >= 0, got %d for list %lld", keep,
                   (long long)i);
-        KVC_CHECK(first >= 0 && first <= s, KVC_EINVAL, "select: first: expected 0..%lld, got %lld for list %lld",
-                  (long long)s, (long long)first, (long long)i);
-        if (!kvc_given(&args->importance)) continue;
-        const float *importance = (const float *)args->importance.data + i * s;
-        for (int64_t t = first; t < s; t++)
-            KVC_CHECK(importance[t] >= 0.0f && isfinite(importance[t]), KVC_EINVAL,
-                      "select: importance: expected finite values >= 0, got %g at list %lld, token %lld",
-                      (double)importance[t], (long long)i, (long long)t);
+        KVC_TRY(kvc_select_check_list("select", importance, s, first_of(args, i), i));
     }
     return kvc_expect_workspace("select", &args->workspace, kvc_select_workspace(n, s));
 }

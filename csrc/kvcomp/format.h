@@ -21,14 +21,20 @@
  *    16   w0 .. w15      four vectors of 4         word 4*R + t,         bit 16*(e>>1&1)    R = (e>>2) + 2*(e&1)
  *    16   w0 .. w3       P = 16: one vector of 4   word R,               bit 16*(e>>1&1)
  *
- * Scales. Per token and group of `group` channels: fp16 scale, and fp16 zero unless the layout is symmetric; stored as
+ * Scales. Per token and group of `group` channels: a scale, and a zero unless the layout is symmetric; stored as
  * [group][token] pairs {scale, zero} (or scales alone). value = zero + scale * (code - mid), mid = (2^bits - 1) / 2, so
  * that the zero is the value of the middle of the range. Class 16 holds the 16-bit values themselves and has no scales.
+ *
+ *   KVC_STEP_FP16   scale and zero: fp16, 2 bytes each
+ *   KVC_STEP_E5M3   scale: one byte s = 0..247, fp16's exponent and its first three mantissa bits, no sign: s << 7 are
+ *                   the bits of the fp16 that it stands for, 0 or 2^-17 .. 61440. Zero: int8 z in eighths of the scale,
+ *                   zero = scale * z / 8, which fp32 holds exactly.
  *
  * The order of codes may change, with KVC_FORMAT_VERSION, until the GPU kernels have been measured: every use of it
  * goes through the functions below. */
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __CUDACC__
 #define KVC_HD __host__ __device__ static inline
@@ -36,19 +42,23 @@
 #define KVC_HD static inline
 #endif
 
-#define KVC_FORMAT_VERSION 1
+#define KVC_FORMAT_VERSION 2
 #define KVC_TILE 16        /* tokens and channels of a tile */
 #define KVC_PAGE_TOKENS 64 /* of a page of any class but (16, 16) */
 #define KVC_TAIL_TOKENS 16 /* of a page of class (16, 16) */
 #define KVC_UNIT 128       /* bytes; page addresses and sizes are multiples */
 #define KVC_MAX_HEAD_DIM 256
 
+/* What scales and zeros are stored as. */
+typedef enum { KVC_STEP_FP16 = 0, KVC_STEP_E5M3 = 1 } kvc_step;
+
 /* How the pages of one cache are laid out. */
 typedef struct {
-    int32_t head_dim;   /* 64, 80, 96, 128, 256 */
-    int32_t group;      /* channels that share a scale: a divisor of head_dim and a multiple of 16 */
-    int32_t zero_point; /* 1: scale and zero; 0: symmetric, scale only */
-    int32_t half;       /* KVC_FLOAT16 or KVC_BFLOAT16: what 16-bit halves hold */
+    int32_t head_dim;    /* 64, 80, 96, 128, 256 */
+    int32_t group;       /* channels that share a scale: a divisor of head_dim and a multiple of 16 */
+    int32_t zero_point;  /* 1: scale and zero; 0: symmetric, scale only */
+    int32_t half;        /* KVC_FLOAT16 or KVC_BFLOAT16: what 16-bit halves hold */
+    int32_t scale_dtype; /* kvc_step */
 } kvc_layout;
 
 /* One entry of a page table, 8 bytes. */
@@ -71,10 +81,10 @@ typedef struct {
 } kvc_list;
 
 #if defined(__cplusplus)
-static_assert(sizeof(kvc_page) == 8 && sizeof(kvc_list) == 16 && sizeof(kvc_layout) == 16, "packed structs");
+static_assert(sizeof(kvc_page) == 8 && sizeof(kvc_list) == 16 && sizeof(kvc_layout) == 20, "packed structs");
 static_assert(KVC_PAGE_TOKENS % KVC_TAIL_TOKENS == 0 && KVC_TAIL_TOKENS % KVC_TILE == 0, "pages are whole tiles");
 #else
-_Static_assert(sizeof(kvc_page) == 8 && sizeof(kvc_list) == 16 && sizeof(kvc_layout) == 16, "packed structs");
+_Static_assert(sizeof(kvc_page) == 8 && sizeof(kvc_list) == 16 && sizeof(kvc_layout) == 20, "packed structs");
 _Static_assert(KVC_PAGE_TOKENS % KVC_TAIL_TOKENS == 0 && KVC_TAIL_TOKENS % KVC_TILE == 0, "pages are whole tiles");
 #endif
 
@@ -93,10 +103,16 @@ KVC_HD int64_t kvc_code_bytes(const kvc_layout *layout, int bits, int page_token
     return (int64_t)page_tokens * layout->head_dim * bits / 8;
 }
 
-KVC_HD int64_t kvc_scale_bytes(const kvc_layout *layout, int bits, int page_tokens) {
-    return bits == 16 ? 0 : (int64_t)page_tokens * (layout->head_dim / layout->group) * (layout->zero_point ? 4 : 2);
+/* Bytes of the scale, and zero, of one token and group. */
+KVC_HD int kvc_step_bytes(const kvc_layout *layout) {
+    return (layout->zero_point ? 2 : 1) * (layout->scale_dtype == KVC_STEP_E5M3 ? 1 : 2);
 }
 
+KVC_HD int64_t kvc_scale_bytes(const kvc_layout *layout, int bits, int page_tokens) {
+    return bits == 16 ? 0 : (int64_t)page_tokens * (layout->head_dim / layout->group) * kvc_step_bytes(layout);
+}
+
+/* A multiple of 64. */
 KVC_HD int64_t kvc_half_bytes(const kvc_layout *layout, int bits, int page_tokens) {
     return kvc_code_bytes(layout, bits, page_tokens) + kvc_scale_bytes(layout, bits, page_tokens);
 }
@@ -193,7 +209,26 @@ KVC_HD void kvc_code_set(uint32_t *half, int bits, int page_tokens, kvc_place p,
     }
 }
 
-/* Index, in 16-bit words from the start of the half's scales, of the scale of (group, token); the zero follows it. */
-KVC_HD int kvc_scale_index(const kvc_layout *layout, int page_tokens, int group, int token) {
-    return (group * page_tokens + token) * (layout->zero_point ? 2 : 1);
+/* Byte of (group, token)'s scale, from the start of the half's scales; the zero follows it. */
+KVC_HD int kvc_scale_offset(const kvc_layout *layout, int page_tokens, int group, int token) {
+    return (group * page_tokens + token) * kvc_step_bytes(layout);
+}
+
+#define KVC_E5M3_MOST 247 /* 61440; above it lie fp16's infinity and NaNs */
+
+KVC_HD float kvc_e5m3_to_float(uint32_t code) {
+    const uint32_t bits = code << 20; /* fp32's place for them; 2^112 moves the exponent's bias from 15 to 127 */
+    float value;
+    memcpy(&value, &bits, 4);
+    return value * 0x1p112f;
+}
+
+/* The nearest code, ties to even, saturated, of a scale >= 0; infinity too. */
+KVC_HD uint32_t kvc_float_to_e5m3(float scale) {
+    const int normal = scale >= 0x1p-14f;
+    uint32_t bits;
+    scale = scale < 61440.0f ? scale : 61440.0f;
+    if (!normal) scale += 64.0f; /* aligns the subnormal's last bit, 2^-17, with fp32's: the sum rounds to even */
+    memcpy(&bits, &scale, 4);
+    return normal ? (bits - 0x38000000 + 0x7ffff + (bits >> 20 & 1)) >> 20 : bits - 0x42800000;
 }

@@ -25,6 +25,18 @@
  * are full the error is within one step's saving of the least that these levels allow. A budget of most_bytes or more,
  * or none, takes every run to its best level at once.
  *
+ * Groups (bits per KV head, per layer). With `groups`, lists of one number form a group: all candidates of all its
+ * lists are kept (least_tokens is implied) at one class, the 64 tokens of a page in any order. A list of c candidates
+ * then takes ceil(c / 64) packed pages, or, at (16, 16), what they add to the ceil(tokens / 16) pages it shares with
+ * its sinks; bytes and error of a group are sums over its lists. Its levels begin at its cheapest allowed class (ties:
+ * less error) and go on, every time, to the class above the last in both halves, and within the one of least error that
+ * can be reached, that saves the most per byte: where `allowed` is a rectangle, the lower convex hull of (bytes,
+ * error). (16, 16) counts where `guard` covers all candidates of every list of the group. Steps as above, over groups
+ * (ties: the lower number); the smallest plan is every group at its cheapest class. Up to 256 lists, the classes of
+ * least error from the cheapest to that of least error are found as well: exactly where the costs have a divisor of
+ * which 2^14 reach from the smallest plan to the best, else with costs rounded up to a multiple of it. They are taken
+ * where they are better.
+ *
  * Fixed tokens (fixed[i,t] = 1: sinks, 2: window; both have kept = 1) are stored at (16, 16) whatever they cost: the
  * window, which is newer than all other kept tokens, as the list's tail in pages of its own, sinks and the runs at
  * (16, 16) of their list together in ceil(tokens / 16) pages.
@@ -35,8 +47,9 @@
  * summary.least_bytes and nothing else written, when the fixed tokens (and `least_tokens` a list at the cheapest class)
  * do not fit. Values are in double, summed run by run in rank order; the result does not depend on threads.
  * Errors: ESHAPE, EDTYPE, ENOTSUP (head_dim); EINVAL for importance, distortion or drop that is negative, NaN or
- * infinite, negative counts, kept, fixed or allowed out of range, no class allowed, fixed_class with more than one,
- * window tokens that are not the newest kept ones, least_tokens beyond guard where only (16, 16) is allowed. */
+ * infinite, negative counts, kept, fixed, allowed or groups out of range, no class allowed, fixed_class with more than
+ * one or with groups, window tokens that are not the newest kept ones, least_tokens beyond guard where only (16, 16) is
+ * allowed. */
 #pragma once
 #include "format.h"
 #include "kvcomp.h"
@@ -64,6 +77,7 @@ typedef struct {
     kvc_tensor allowed;      /* in  (5,5) uint8: allowed[k,v] = 1 where class (k_bits, v_bits) may be used */
     kvc_tensor least_tokens; /* in  (n,) int32: candidates that must be kept; left out: 0 */
     kvc_tensor guard;        /* in  (n,) int32: the most candidates a list may hold at (16, 16); left out: no limit */
+    kvc_tensor groups;       /* in  (n,) int32, 0..n-1: lists with one number have one class; left out: runs choose */
     kvc_tensor workspace;    /* (bytes,) uint8: kvc_plan_workspace */
     kvc_layout layout;
     int64_t budget;            /* bytes; < 0: no limit */

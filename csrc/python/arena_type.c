@@ -103,6 +103,61 @@ static PyObject *arena_copy(PyObject *self, PyObject *const *argv, Py_ssize_t ar
     return frame_return(&frame);
 }
 
+static PyObject *arena_compact(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    kvc_frame frame = {.op = "arena"};
+    int64_t page_bytes;
+    kvc_tensor units;
+    if (frame_count(&frame, argc, 2) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
+        frame_tensor(&frame, argv[1], "units", FRAME_INOUT, &units) || frame_check(&frame))
+        return frame_return(&frame);
+    kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
+    if (status == KVC_OK)
+        status = kvc_arena_compact(((ArenaObject *)self)->arena, page_bytes, units.shape[0], units.data);
+    if (status != KVC_OK) {
+        raise_status(status);
+        frame.failed = true;
+    }
+    return frame_return(&frame);
+}
+
+/* read and write: whole live pages out of and into (n, page_bytes) uint8, one after the other. */
+static PyObject *arena_move(PyObject *self, PyObject *const *argv, Py_ssize_t argc, bool into) {
+    kvc_frame frame = {.op = "arena"};
+    const kvc_arena *arena = ((ArenaObject *)self)->arena;
+    int64_t page_bytes;
+    kvc_tensor units, bytes;
+    if (frame_count(&frame, argc, 3) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
+        frame_tensor(&frame, argv[1], "units", FRAME_IN, &units) ||
+        frame_tensor(&frame, argv[2], "bytes", into ? FRAME_IN : FRAME_OUT, &bytes) || frame_check(&frame))
+        return frame_return(&frame);
+    kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
+    if (status == KVC_OK)
+        status = kvc_expect_array("arena", "bytes", &bytes, KVC_UINT8, 2, (int64_t[]){units.shape[0], page_bytes});
+    const uint32_t *unit = units.data;
+    for (int64_t j = 0; status == KVC_OK && j < units.shape[0]; j++)
+        if (!kvc_arena_live(arena, page_bytes, unit[j]))
+            status = kvc_fail(KVC_EINVAL, "arena: units: expected live pages of %lld bytes, got unit %u",
+                              (long long)page_bytes, unit[j]);
+    for (int64_t j = 0; status == KVC_OK && j < units.shape[0]; j++) {
+        char *page = (char *)kvc_arena_base(arena) + (int64_t)unit[j] * KVC_UNIT;
+        char *row = (char *)bytes.data + j * page_bytes;
+        memmove(into ? page : row, into ? row : page, (size_t)page_bytes);
+    }
+    if (status != KVC_OK) {
+        raise_status(status);
+        frame.failed = true;
+    }
+    return frame_return(&frame);
+}
+
+static PyObject *arena_read(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    return arena_move(self, argv, argc, false);
+}
+
+static PyObject *arena_write(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
+    return arena_move(self, argv, argc, true);
+}
+
 static PyObject *arena_nbytes(PyObject *self, void *closure) {
     (void)closure;
     return PyLong_FromLongLong(kvc_arena_nbytes(((ArenaObject *)self)->arena));
@@ -133,6 +188,15 @@ static PyMethodDef methods[] = {
     {"copy", (PyCFunction)(void *)arena_copy, METH_FASTCALL,
      "copy($self, page_bytes, source, target, /)\n--\n\nCopies live pages, units (n,) uint32 each, one after the "
      "other."},
+    {"read", (PyCFunction)(void *)arena_read, METH_FASTCALL,
+     "read($self, page_bytes, units, bytes, /)\n--\n\nCopies live pages, units (n,) uint32, to bytes (n, page_bytes) "
+     "uint8."},
+    {"write", (PyCFunction)(void *)arena_write, METH_FASTCALL,
+     "write($self, page_bytes, units, bytes, /)\n--\n\nCopies bytes (n, page_bytes) uint8 to live pages, units (n,) "
+     "uint32."},
+    {"compact", (PyCFunction)(void *)arena_compact, METH_FASTCALL,
+     "compact($self, page_bytes, units, /)\n--\n\nMoves all live pages of this size together and gives back what "
+     "they leave; units (n,) uint32 of all of them: in, where they are, out, where they went."},
     {0}};
 
 static PyGetSetDef properties[] = {{"nbytes", arena_nbytes, NULL, "Bytes of all slabs: what is allocated.", NULL},

@@ -17,9 +17,21 @@ static int fail_text(kvc_frame *frame, PyObject *type, const char *name, const c
 }
 
 static int fail_type(kvc_frame *frame, PyObject *object, const char *name, const char *expected) {
-    PyObject *type = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
+    PyObject *type = PyType_GetName(Py_TYPE(object)); /* not __name__, which a metaclass may make anything */
     if (type) PyErr_Format(PyExc_TypeError, "%s: %s: expected %s, got %U", frame->op, name, expected, type);
     Py_XDECREF(type);
+    return fail(frame);
+}
+
+/* "op: name: expected ..., got str(object)"; an object's own __str__ may fail, and so do integers of many digits. */
+static int fail_value(kvc_frame *frame, const char *name, const char *expected, PyObject *object) {
+    PyObject *text = object ? PyObject_Str(object) : NULL;
+    if (!text) {
+        PyErr_Clear();
+        text = PyUnicode_FromString("one without a text");
+    }
+    if (text) PyErr_Format(PyExc_ValueError, "%s: %s: expected %s%U", frame->op, name, expected, text);
+    Py_XDECREF(text);
     return fail(frame);
 }
 
@@ -133,12 +145,11 @@ static int from_capsule(kvc_frame *frame, PyObject *object, const char *name, kv
     if (!capsule) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected an exportable tensor, got a DLPack error: %S", frame->op, name,
-                     value ? value : Py_None);
+        fail_value(frame, name, "an exportable tensor, got a DLPack error: ", value);
         Py_XDECREF(type);
         Py_XDECREF(value);
         Py_XDECREF(trace);
-        return fail(frame);
+        return -1;
     }
     int result;
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
@@ -211,10 +222,11 @@ int frame_int(kvc_frame *frame, PyObject *object, const char *name, int64_t low,
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(index, &overflow);
     if (overflow || value < low || value > high) {
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected an integer in %lld..%lld, got %S", frame->op, name,
-                     (long long)low, (long long)high, index);
+        char expected[96];
+        PyOS_snprintf(expected, sizeof expected, "an integer in %lld..%lld, got ", (long long)low, (long long)high);
+        fail_value(frame, name, expected, index);
         Py_DECREF(index);
-        return fail(frame);
+        return -1;
     }
     Py_DECREF(index);
     *out = value;
@@ -228,27 +240,33 @@ int frame_int32(kvc_frame *frame, PyObject *object, const char *name, int64_t lo
     return 0;
 }
 
-int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out) {
+int frame_double(kvc_frame *frame, PyObject *object, const char *name, double low, double high, double *out) {
     const double value = PyFloat_AsDouble(object);
     if (value == -1.0 && PyErr_Occurred()) {
         PyErr_Clear();
         return fail_type(frame, object, name, "a number");
     }
     if (!(value >= low && value <= high)) {
-        char range[96];
-        PyOS_snprintf(range, sizeof range, "a number in %g..%g", low, high);
-        PyErr_Format(PyExc_ValueError, "%s: %s: expected %s, got %S", frame->op, name, range, object);
-        return fail(frame);
+        char expected[96];
+        PyOS_snprintf(expected, sizeof expected, "a number in %g..%g, got ", low, high);
+        return fail_value(frame, name, expected, object);
     }
+    *out = value;
+    return 0;
+}
+
+int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out) {
+    double value;
+    if (frame_double(frame, object, name, low, high, &value)) return -1;
     *out = (float)value;
     return 0;
 }
 
 int frame_layout(kvc_frame *frame, PyObject *object, kvc_layout *out) {
-    if (!PyTuple_Check(object) || PyTuple_Size(object) != 4)
-        return fail_type(frame, object, "layout", "a tuple (head_dim, group, zero_point, half)");
-    int32_t *fields[4] = {&out->head_dim, &out->group, &out->zero_point, &out->half};
-    for (Py_ssize_t i = 0; i < 4; i++)
+    if (!PyTuple_Check(object) || PyTuple_Size(object) != 5)
+        return fail_type(frame, object, "layout", "a tuple (head_dim, group, zero_point, half, scale_dtype)");
+    int32_t *fields[] = {&out->head_dim, &out->group, &out->zero_point, &out->half, &out->scale_dtype};
+    for (Py_ssize_t i = 0; i < 5; i++)
         if (frame_int32(frame, PyTuple_GetItem(object, i), "layout", 0, 1 << 20, fields[i])) return -1;
     const kvc_status status = kvc_expect_layout(frame->op, out);
     if (status != KVC_OK) {

@@ -46,8 +46,9 @@ typedef struct {
 int frame_tensor(kvc_frame *frame, PyObject *object, const char *name, int mode, kvc_tensor *out);
 int frame_int(kvc_frame *frame, PyObject *object, const char *name, int64_t low, int64_t high, int64_t *out);
 int frame_int32(kvc_frame *frame, PyObject *object, const char *name, int64_t low, int64_t high, int32_t *out);
+int frame_double(kvc_frame *frame, PyObject *object, const char *name, double low, double high, double *out);
 int frame_float(kvc_frame *frame, PyObject *object, const char *name, double low, double high, float *out);
-int frame_layout(kvc_frame *frame, PyObject *object, kvc_layout *out); /* (head_dim, group, zero_point, half) */
+int frame_layout(kvc_frame *frame, PyObject *object, kvc_layout *out); /* five ints, kvc_layout */
 int frame_check(kvc_frame *frame);
 int frame_count(kvc_frame *frame, Py_ssize_t got, Py_ssize_t want); /* number of positional arguments */
 kvc_device frame_device(const kvc_frame *frame);

@@ -1,8 +1,9 @@
-/* ops_cache.c: pack, unpack, append, attend, and the sizes of the format. */
+/* ops_cache.c: pack, unpack, append, attend, rotate, and the sizes of the format. */
 #include "binding.h"
 #include "kvcomp/append.h"
 #include "kvcomp/attend.h"
 #include "kvcomp/pack.h"
+#include "kvcomp/rotate.h"
 
 /* The CUDA library's table, or an exception saying why there is none. */
 static const kvc_backend *cuda_or_raise(kvc_frame *frame) {
@@ -89,12 +90,12 @@ static PyObject *append(PyObject *module, PyObject *const *argv, Py_ssize_t argc
         frame_tensor(&frame, argv[2], "lists", FRAME_INOUT, &args.lists) ||
         frame_tensor(&frame, argv[3], "pool_tail", FRAME_INOUT, &args.pool_tail) ||
         frame_tensor(&frame, argv[4], "pool_packed", FRAME_INOUT, &args.pool_packed) ||
-        frame_tensor(&frame, argv[5], "counts", FRAME_INOUT, &args.counts) ||
+        frame_tensor(&frame, argv[5], "left", FRAME_INOUT, &args.left) ||
         frame_tensor(&frame, argv[6], "keys", FRAME_IN, &args.keys) ||
         frame_tensor(&frame, argv[7], "values", FRAME_IN, &args.values) ||
         frame_tensor(&frame, argv[8], "valid", FRAME_OPTIONAL, &args.valid) ||
-        frame_layout(&frame, argv[9], &args.layout) || frame_int32(&frame, argv[10], "k_bits", 0, 16, &args.k_bits) ||
-        frame_int32(&frame, argv[11], "v_bits", 0, 16, &args.v_bits) ||
+        frame_tensor(&frame, argv[9], "classes", FRAME_IN, &args.classes) ||
+        frame_tensor(&frame, argv[10], "aged", FRAME_IN, &args.aged) || frame_layout(&frame, argv[11], &args.layout) ||
         frame_int32(&frame, argv[12], "window", 0, 1 << 24, &args.window) ||
         frame_int32(&frame, argv[13], "rotation", 0, 1, &args.rotation) ||
         frame_int32(&frame, argv[14], "scale", 0, 2, &args.scale) ||
@@ -155,6 +156,19 @@ static PyObject *attend_workspace(PyObject *module, PyObject *const *argv, Py_ss
     return PyLong_FromLongLong(kvc_attend_workspace(lists, pages, group, q, (int32_t)head_dim));
 }
 
+static PyObject *rotate(PyObject *module, PyObject *const *argv, Py_ssize_t argc) {
+    (void)module;
+    kvc_frame frame = {.op = "rotate"};
+    kvc_rotate_args args = {0};
+    if (frame_count(&frame, argc, 4) || frame_tensor(&frame, argv[0], "out", FRAME_OUT, &args.out) ||
+        frame_tensor(&frame, argv[1], "rows", FRAME_IN, &args.rows) ||
+        frame_tensor(&frame, argv[2], "matrix", FRAME_IN, &args.matrix) ||
+        frame_int32(&frame, argv[3], "transpose", 0, 1, &args.transpose) || frame_check(&frame))
+        return frame_return(&frame);
+    FRAME_RUN(&frame, kvc_rotate_cpu(&args, NULL));
+    return frame_return(&frame);
+}
+
 /* (layout, k_bits, v_bits) of the three functions below. */
 static int class_arguments(kvc_frame *frame, PyObject *const *argv, Py_ssize_t argc, kvc_layout *layout,
                            int32_t bits[2]) {
@@ -205,7 +219,7 @@ PyMethodDef ops_cache_methods[] = {
     METHOD(unpack, "(keys, values, arena, pages, lists, start, tokens, layout, rotation, /)",
            "Packed pages back into K, V rows (csrc/kvcomp/pack.h)."),
     METHOD(append,
-           "(arena, table, lists, pool_tail, pool_packed, counts, keys, values, valid, layout, k_bits, v_bits, window, "
+           "(arena, table, lists, pool_tail, pool_packed, left, keys, values, valid, classes, aged, layout, window, "
            "rotation, scale, stochastic, layer, seed, /)",
            "New K, V rows behind every list; what has aged is packed (csrc/kvcomp/append.h)."),
     METHOD(append_need, "(tail_tokens, q, window, packs, /)",
@@ -215,6 +229,7 @@ PyMethodDef ops_cache_methods[] = {
            "threads, /)",
            "Attention over packed pages (csrc/kvcomp/attend.h)."),
     METHOD(attend_workspace, "(lists, pages, group, q, head_dim, /)", "Bytes of workspace that attend needs."),
+    METHOD(rotate, "(out, rows, matrix, transpose, /)", "Rows times a matrix a KV head (csrc/kvcomp/rotate.h)."),
     METHOD(page_bytes, "(layout, k_bits, v_bits, /)", "Bytes of a page of this class."),
     METHOD(page_tokens, "(k_bits, v_bits, /)", "Tokens a page of this class holds."),
     METHOD(scale_bytes, "(layout, k_bits, v_bits, /)", "Bytes of a page's scales and zeros."),

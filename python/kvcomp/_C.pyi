@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, final
 import numpy as np
 
 _Tensor: TypeAlias = Any
-_Layout: TypeAlias = tuple[int, int, int, int]
+_Layout: TypeAlias = tuple[int, int, int, int, int]
 
 class BudgetError(ValueError):
     least_bytes: int
@@ -29,6 +29,9 @@ class Arena:
         target: np.ndarray[Any, np.dtype[np.uint32]],
         /,
     ) -> None: ...
+    def read(self, page_bytes: int, units: np.ndarray[Any, np.dtype[np.uint32]], bytes: _Tensor, /) -> None: ...
+    def write(self, page_bytes: int, units: np.ndarray[Any, np.dtype[np.uint32]], bytes: _Tensor, /) -> None: ...
+    def compact(self, page_bytes: int, units: np.ndarray[Any, np.dtype[np.uint32]], /) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -68,13 +71,13 @@ def append(
     lists: _Tensor,
     pool_tail: _Tensor,
     pool_packed: _Tensor,
-    counts: _Tensor,
+    left: _Tensor,
     keys: _Tensor,
     values: _Tensor,
     valid: _Tensor | None,
+    classes: _Tensor,
+    aged: _Tensor,
     layout: _Layout,
-    k_bits: int,
-    v_bits: int,
     window: int,
     rotation: int,
     scale: int,
@@ -101,6 +104,7 @@ def attend(
     /,
 ) -> None: ...
 def attend_workspace(lists: int, pages: int, group: int, q: int, head_dim: int, /) -> int: ...
+def rotate(out: _Tensor, rows: _Tensor, matrix: _Tensor, transpose: bool, /) -> None: ...
 def page_bytes(layout: _Layout, k_bits: int, v_bits: int, /) -> int: ...
 def page_tokens(k_bits: int, v_bits: int, /) -> int: ...
 def scale_bytes(layout: _Layout, k_bits: int, v_bits: int, /) -> int: ...
@@ -118,6 +122,16 @@ def score(
     /,
 ) -> None: ...
 def score_workspace(b: int, hq: int, w: int, s: int, d: int, /) -> int: ...
+def norms(out: _Tensor, rows: _Tensor, first: _Tensor | None, centered: int, /) -> None: ...
+def accumulate(
+    worth: _Tensor,
+    mass: _Tensor,
+    table: _Tensor,
+    lists: _Tensor,
+    keep: float,
+    gain: float,
+    /,
+) -> None: ...
 def select(
     kept: _Tensor,
     importance: _Tensor | None,
@@ -129,6 +143,19 @@ def select(
     /,
 ) -> None: ...
 def select_workspace(n: int, s: int, /) -> int: ...
+def ada(
+    kept: _Tensor,
+    importance: _Tensor,
+    keep: _Tensor,
+    first: _Tensor | None,
+    workspace: _Tensor,
+    heads: int,
+    floor: _Tensor,
+    sinks: int,
+    window: int,
+    /,
+) -> None: ...
+def ada_workspace(n: int, s: int, /) -> int: ...
 def share(shares: _Tensor, weight: _Tensor, floor: _Tensor, ceiling: _Tensor, total: int, /) -> None: ...
 def pyramid(weight: _Tensor, beta: float, /) -> None: ...
 def plan(
@@ -143,6 +170,7 @@ def plan(
     allowed: _Tensor,
     least_tokens: _Tensor | None,
     guard: _Tensor | None,
+    groups: _Tensor | None,
     workspace: _Tensor,
     layout: _Layout,
     budget: int,
@@ -152,6 +180,23 @@ def plan(
     /,
 ) -> tuple[int, int, int, int, int, float]: ...
 def plan_workspace(n: int, s: int, /) -> int: ...
+def shrink(
+    k_bits: _Tensor,
+    v_bits: _Tensor,
+    lists: _Tensor,
+    counts: _Tensor | None,
+    weight: _Tensor,
+    distortion_k: _Tensor,
+    distortion_v: _Tensor,
+    drop: _Tensor,
+    allowed: _Tensor,
+    workspace: _Tensor,
+    layout: _Layout,
+    entry_bytes: int,
+    wanted: int,
+    /,
+) -> int: ...
+def shrink_workspace(n: int, m: int, /) -> int: ...
 def set_threads(threads: int, /) -> None: ...
 def threads() -> int: ...
 def cuda_info() -> dict[str, Any]: ...

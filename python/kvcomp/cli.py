@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_quality(commands)
+    _add_policies(commands)
     _add_bench(commands)
+    _add_capture(commands)
     _add_tables(commands)
     env = commands.add_parser("env", help="versions, driver, backend, and why CUDA is off when it is")
     env.set_defaults(run=_env)
@@ -101,7 +103,7 @@ def _add_run(commands: Any) -> None:
     run.set_defaults(run=_run)
 
 
-def _add_workload(parser: argparse.ArgumentParser) -> None:
+def _add_workload(parser: argparse.ArgumentParser, seed: int = 0) -> None:
     parser.add_argument("--model", type=Path, help="folder of a transformers model (default: the shipped tiny-base)")
     parser.add_argument("--text", type=Path, help="held-out ASCII text (default: the shipped one)")
     parser.add_argument("--length", type=int, help="bytes of each prompt (default: 4096; quick: 1024)")
@@ -111,7 +113,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, help="questions to each of those, at most")
     parser.add_argument("--windows", type=int, help="windows of held-out text")
     parser.add_argument("--scored", type=int, help="tokens scored in each window")
-    parser.add_argument("--seed", type=int, default=0, help="of tasks and of stochastic rounding (default: 0)")
+    parser.add_argument("--seed", type=int, default=seed, help=f"of tasks and of stochastic rounding (default: {seed})")
     parser.add_argument("--quick", action="store_true", help="few and short prompts: a look, not a measurement")
 
 
@@ -241,6 +243,62 @@ def _quality(options: argparse.Namespace, command: str) -> int:
     return _judge(found)
 
 
+# ---- kvcomp policies
+
+
+def _add_policies(commands: Any) -> None:
+    policies = commands.add_parser(
+        "policies",
+        help="eviction, quantization and joint plans at equal bytes; ways of coding rows",
+        description="Measures every selector, ways of sharing out bits, and plans of both, on the same questions and "
+        "text; each prompt is read once for all of them. A run that was cut short goes on with the same command, on "
+        "any machine with the same sources.",
+    )
+    policies.add_argument("--ratios", nargs="+", type=float, help="default: 2 4 6 8 12; quick: 4")
+    policies.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="names, with * and ?; all")
+    policies.add_argument("--jobs", type=int, default=1, help="processes that measure at once (default: 1)")
+    policies.add_argument("--limit-seconds", type=float, help="stop then, and keep what is done")
+    policies.add_argument("--output", "--report-path", type=Path, help="write the results here, as JSON")
+    # Far from the seeds that defaults were chosen on.
+    _add_workload(policies, seed=2000)
+    policies.set_defaults(run=_policies)
+
+
+def _policies(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .experiment import methods, places, policies, policies_report, report
+
+    if options.output is not None:
+        results.check_writable(options.output, "policies: --output")
+    if options.jobs < 1:
+        raise ValueError(f"policies: --jobs: expected 1 or more, got {options.jobs}")
+    if options.limit_seconds is not None and not options.limit_seconds > 0:
+        raise ValueError(f"policies: --limit-seconds: expected more than 0, got {options.limit_seconds}")
+    workload = _workload(options, aware=6, agnostic=6, questions=16, windows=8)
+    ratios = dict.fromkeys(options.ratios or ([4.0] if options.quick else methods.RATIOS))
+    text = options.text or places.shipped(places.TEXT, "--text")
+    found, kept = policies.run(
+        _subject(options, None),
+        text,
+        workload,
+        list(ratios),
+        options.methods,
+        jobs=options.jobs,
+        limit_seconds=options.limit_seconds,
+        command=command,
+        report=options.output,
+        track=_track("measuring"),
+    )
+    if options.output is not None:
+        results.write(options.output, found)
+    kept.finish()
+    for name, title in policies_report.titles():
+        report.print_rows(*policies_report.ROWS[name](found), _console(), title)
+    for line in policies_report.goal_lines(found):
+        _console().print(line, highlight=False)
+    return _judge(found)
+
+
 # ---- kvcomp bench
 
 
@@ -274,6 +332,63 @@ def _bench_attend(options: argparse.Namespace, command: str) -> int:
     title = f"attention of one decode step, {options.tokens} tokens, {found['threads']} threads"
     report.print_rows(*report.attend_rows(found), _console(), title)
     return _judge(found)
+
+
+# ---- kvcomp capture
+
+
+def _add_capture(commands: Any) -> None:
+    capture = commands.add_parser(
+        "capture",
+        help="store a prompt's KV cache and attention statistics, for kvcomp run --cache-path",
+        description="Reads a prompt with a model and writes DIR/cache.safetensors (keys, values), "
+        "DIR/attention.safetensors (attention that each token got, per layer and KV head; scores of the last queries; "
+        "second moments of queries and values) and DIR/capture.json.",
+    )
+    capture.add_argument("--model", type=Path, required=True, help="folder of a transformers model and its tokenizer")
+    capture.add_argument("--prompt-file", type=Path, required=True, help="UTF-8 text; - for standard input")
+    capture.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    capture.add_argument("--max-tokens", type=int, help="take the first tokens of the prompt only")
+    capture.add_argument("--chunk", type=int, help="tokens of a forward pass (default: the whole prompt in one)")
+    capture.add_argument("--window", type=int, default=32, help="last queries behind the window scores (default: 32)")
+    capture.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                         help="of the model (default: as it is stored)")  # fmt: skip
+    capture.add_argument(
+        "--model-name", help="name in the files, as an experiment's model_name (default: the folder's)"
+    )
+    capture.add_argument("--no-cache", action="store_true", help="statistics only")
+    capture.add_argument("--force", action="store_true", help="replace an earlier capture")
+    capture.set_defaults(run=_capture)
+
+
+def _capture(options: argparse.Namespace, command: str) -> int:
+    from .experiment import capture
+
+    for name in ("max_tokens", "chunk", "window"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"capture: --{name.replace('_', '-')}: expected 1 or more, got {value}")
+    if options.model_name == "":
+        raise ValueError("capture: --model-name: expected a name, got none")
+    capture.check_out(options.out, force=options.force)
+    text = capture.read_text(options.prompt_file)
+    with _status("reading the model"):
+        prompt = capture.load(
+            options.model, text, max_tokens=options.max_tokens, dtype=options.dtype, model_name=options.model_name
+        )
+    found = capture.run(
+        prompt,
+        options.out,
+        command=command,
+        chunk=options.chunk,
+        window=options.window,
+        with_cache=not options.no_cache,
+        force=options.force,
+        track=_track("capturing"),
+    )
+    print(f"{found['prompt']['tokens']} tokens of {found['model']['name']}:")
+    for name, file in found["files"].items():
+        print(f"  {options.out / name}  {file['bytes'] / 2**20:.2f} MiB")
+    return 0
 
 
 # ---- kvcomp tables, kvcomp env

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from . import _C
 from .layer_input import Array, LayerInput, first_tokens, to_float32
-from .policy import AUTOMATIC, BITS, Policy, Streaming
+from .policy import BITS, Policy
+from .selectors import AUTOMATIC, H2O, Full, KeyNorm, Random, Streaming
 from .store import PAGE, Coding, workspace
 
 
-def importance_of(layer: LayerInput, policy: Policy) -> Array:
-    """(b, h, s) float32 importance of every token: handed in, scored from the window's queries, or recency."""
-    b, h, s, d = layer.shape
+def importance_of(layer: LayerInput, policy: Policy, index: int) -> Array:
+    """(b, h, s) float32 importance of every token of layer ``index``, as the policy's selector measures it; what was
+    handed in with the layer takes its place."""
     if layer.importance is not None:
         given = np.ascontiguousarray(to_float32(layer.importance))
         if not np.isfinite(given).all() or (given < 0).any():
@@ -20,15 +23,57 @@ def importance_of(layer: LayerInput, policy: Policy) -> Array:
         return given
     select = policy.select if policy.select is not None else AUTOMATIC
     if isinstance(select, Streaming):
-        return np.broadcast_to(np.arange(1, s + 1, dtype=np.float32) / max(s, 1), (b, h, s)).copy()
+        return recency(layer)
+    if isinstance(select, Random):
+        return at_random(layer, policy.seed, index)
+    if isinstance(select, KeyNorm):
+        found = norms(layer, layer.keys)
+        np.divide(1, np.maximum(found, 1e-6), out=found)
+        found *= (np.arange(layer.shape[2]) >= first_tokens(layer)[:, None])[:, None]
+    else:
+        found = _attention(layer, select)
+    if select.values != "none":
+        found *= norms(layer, layer.values, centered=select.values == "centered")
+    return found
+
+
+def recency(layer: LayerInput) -> Array:
+    """(b, h, s): newer tokens are more important."""
+    b, h, s, _ = layer.shape
+    return np.broadcast_to(np.arange(1, s + 1, dtype=np.float32) / max(s, 1), (b, h, s)).copy()
+
+
+def at_random(layer: LayerInput, seed: int, index: int) -> Array:
+    """(b, h, s) uniform in [0, 1)."""
+    return np.random.default_rng((seed, index)).random(layer.shape[:3], np.float32)
+
+
+def norms(layer: LayerInput, rows: Any, *, centered: bool = False) -> Array:
+    """(b, h, s) L2 norms of a layer's rows (b, h, s, d), or of what they differ from their list's mean; 0: padding."""
+    out = np.empty(layer.shape[:3], np.float32)
+    _C.norms(out, rows, first_tokens(layer), int(centered))
+    return out
+
+
+def _attention(layer: LayerInput, select: Full | H2O) -> Array:
+    """What the prompt's queries attend to: its last ones, or (H2O) all of them."""
+    b, h, s, d = layer.shape
     if layer.queries is None:
         raise ValueError("compress: queries: expected the prompt's last queries or an importance, got neither")
-    queries = layer.queries[:, :, -min(select.window, s) :]
+    if isinstance(select, H2O):
+        window, reduce = s, 2
+        if layer.queries.shape[2] < s:
+            raise ValueError(
+                f"compress: queries: expected those of all {s} tokens for H2O, got {layer.queries.shape[2]}"
+            )
+    else:
+        window, reduce = min(select.window, s), 0 if select.reduce == "sum" else 1
+    queries = layer.queries[:, :, layer.queries.shape[2] - window :]
     out = np.empty((b, h, s), np.float32)
     scratch = workspace(_C.score_workspace(b, int(queries.shape[1]), int(queries.shape[2]), s, d))
     _C.score(
-        out, queries, layer.keys, first_tokens(layer), scratch, layer.logit_scale, layer.softcap,
-        0 if select.reduce == "sum" else 1, 0 if select.pool_kind == "avg" else 1, select.pool | 1,
+        out, queries, layer.keys, first_tokens(layer), scratch, layer.logit_scale, layer.softcap, reduce,
+        0 if select.pool_kind == "avg" else 1, select.pool | 1,
     )  # fmt: skip
     return out
 

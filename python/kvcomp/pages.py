@@ -9,10 +9,7 @@ import numpy as np
 
 from . import _C
 from .layer_input import Array, LayerInput
-from .store import PAGE, Coding, Layout, PackedLayer
-
-# A slab is a whole number of memory pages (csrc/core/arena.c).
-SLAB_BYTES = 4096
+from .store import PAGE, SLAB_BYTES, Coding, Layout
 
 
 def _slabs(counts: dict[int, int]) -> int:
@@ -31,8 +28,9 @@ class PageRows:
     states: Array
 
 
-def paged(k_bits: Array, v_bits: Array, fixed: Array) -> PageRows:
-    """Cuts every list's tokens into pages: by class, 16 bits last, then the tail (fixed == 2); each by position."""
+def paged(k_bits: Array, v_bits: Array, fixed: Array, importance: Array | None = None) -> PageRows:
+    """Cuts every list's tokens into pages: by class, 16 bits last, then the tail (fixed == 2); each by position, or,
+    but for the tail, by falling importance (n, s), sinks first: pages that can be evicted one by one."""
     pages: list[tuple[int, int, int, int, int]] = []
     tokens: list[Array] = []
     states = np.zeros((len(k_bits), 4), np.int32)
@@ -43,6 +41,9 @@ def paged(k_bits: Array, v_bits: Array, fixed: Array) -> PageRows:
         groups = [(int(kind), np.flatnonzero((kinds == kind) & ~tail)) for kind in np.unique(kinds[~tail]) if kind]
         groups.append((16 * 32 + 16, np.flatnonzero(tail & (kinds > 0))))
         for position, (kind, members) in enumerate(groups):
+            if importance is not None and position < len(groups) - 1:
+                rank = np.where(fixed[row, members] == 1, np.inf, importance[row, members])
+                members = members[np.argsort(-rank, kind="stable")]
             k, v = divmod(kind, 32)
             room = _C.page_tokens(k, v)
             if position == len(groups) - 1:
@@ -68,38 +69,34 @@ def page_sizes(rows: PageRows, layout: Layout) -> Array:
 
 
 def write_pages(
-    layers: Sequence[LayerInput], plans: list[PageRows], coding: Coding, aged: tuple[int, int], window: int
-) -> tuple[_C.Arena, list[PackedLayer]]:
-    """Allocates the pages of all layers in one arena and packs their tokens."""
+    arena: _C.Arena, layers: Sequence[LayerInput], plans: Sequence[PageRows], coding: Coding, first_index: int
+) -> list[Array]:
+    """Allocates the pages of layers ``first_index`` .. and packs their tokens; returns the layers' page tables."""
     sizes = [page_sizes(rows, coding.layout) for rows in plans]
-    arena = _C.Arena()
     every = np.concatenate(sizes)
     units = np.zeros(len(every), np.uint32)
     for size in np.unique(every):  # one slab a size: no more slack than the last memory page
         units[every == size] = arena.alloc(int(size), int((every == size).sum()))
     ends = np.cumsum([len(size) for size in sizes])
-    packed = []
-    for index, (layer, rows) in enumerate(zip(layers, plans, strict=True)):
-        rows.pages["unit"] = units[ends[index] - len(rows.pages) : ends[index]]
+    tables = []
+    for place, (layer, rows) in enumerate(zip(layers, plans, strict=True)):
+        rows.pages["unit"] = units[ends[place] - len(rows.pages) : ends[place]]
         _C.pack(
             arena, layer.keys, layer.values, rows.pages.view(np.uint64), rows.lists, rows.start, rows.tokens,
-            coding.layout, coding.rotation, coding.scale, coding.stochastic, index, coding.seed,
+            coding.layout, coding.rotation, coding.scale, coding.stochastic, first_index + place, coding.seed,
         )  # fmt: skip
         table = np.zeros((len(rows.states), int(rows.states[:, 0].max(initial=0))), np.uint64)
         table[np.arange(table.shape[1]) < rows.states[:, :1]] = rows.pages.view(np.uint64)
-        heads = layer.shape[1]
-        packed.append(
-            PackedLayer(arena, coding, table, rows.states, heads=heads, layer=index, aged=aged, window=window)
-        )
-    return arena, packed
+        tables.append(table)
+    return tables
 
 
-def bytes_held(plans: list[PageRows], layout: Layout) -> int:
+def bytes_held(plans: Sequence[PageRows], layout: Layout, entry_bytes: int, list_bytes: int) -> int:
     """Bytes that arena and tables will hold for these pages."""
     counts: dict[int, int] = {}
     table = 0
     for rows in plans:
         for size, count in zip(*np.unique(page_sizes(rows, layout), return_counts=True), strict=True):
             counts[int(size)] = counts.get(int(size), 0) + int(count)
-        table += rows.states.nbytes + len(rows.states) * int(rows.states[:, 0].max(initial=0)) * PAGE.itemsize
+        table += len(rows.states) * (list_bytes + int(rows.states[:, 0].max(initial=0)) * entry_bytes)
     return _slabs(counts) + table

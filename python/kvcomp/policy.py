@@ -1,154 +1,29 @@
-"""What to keep of a KV cache and in how many bits: a byte budget and, optionally, how tokens are selected.
-
-One method is one small dataclass, with its source in the docstring.
-"""
+"""What to keep of a KV cache and in how many bits: a byte budget and, optionally, how tokens are selected."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal
+
+from .rotation import Rotation
+from .selectors import AUTOMATIC, H2O, KeyNorm, Random, Selector, Streaming, check_choice, check_fraction, check_whole
+from .selectors import fail as _fail
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
 BITS = (2, 3, 4, 8, 16)
-PoolKind = Literal["avg", "max"]
-Reduce = Literal["sum", "mean"]
-
-
-def _fail(argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"policy: {argument}: expected {expected}, got {got!r}")
-
-
-def _check_fraction(argument: str, value: float | None) -> None:
-    if value is not None and not 0 < value <= 1:
-        raise _fail(argument, "a fraction in (0, 1]", value)
-
-
-def _check_whole(argument: str, value: object, least: int, expected: str) -> None:
-    if not isinstance(value, Integral) or value < least:
-        raise _fail(argument, expected, value)
-
-
-def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise _fail(argument, " or ".join(choices), value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Full:
-    """Every token is a candidate; the byte budget alone decides."""
-
-    window: int = 32  # queries that importance is measured with
-    pool: int = 1
-    pool_kind: PoolKind = "avg"
-    reduce: Reduce = "mean"
-    keep: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_whole("select.window", self.window, 1, "1 or more queries")
-        _check_whole("select.pool", self.pool, 1, "a width of 1 or more")
-        _check_choice("select.pool_kind", self.pool_kind, ("avg", "max"))
-        _check_choice("select.reduce", self.reduce, ("sum", "mean"))
-        _check_fraction("select.keep", self.keep)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Streaming:
-    """The first tokens (``Policy.sinks``) and the newest ones.
-
-    Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453.
-    """
-
-    keep: float | None = None  # of the tokens; None: as many as the budget holds
-
-    def __post_init__(self) -> None:
-        _check_fraction("select.keep", self.keep)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SnapKV(Full):
-    """The tokens that the prompt's last ``window`` queries attend to most, pooled along the sequence, per KV head.
-
-    Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469.
-    """
-
-    pool: int = 5
-
-
-# What a byte budget measures importance with where nothing is selected. The wide pool keeps a needle's neighbours with
-# it: on tiny-base at 12x, questions that come after compression are answered nearly as by the uncompressed model.
-AUTOMATIC = SnapKV(pool=15)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PyramidKV(SnapKV):
-    """SnapKV's scores with budgets that fall from layer to layer; what clipping frees goes to the other layers.
-
-    Cai et al., PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling, arXiv 2406.02069.
-    """
-
-    keep: float | None = 0.25
-    beta: float = 20.0  # the last layer's share is 1/beta of the mean
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep is None:
-            raise _fail("select.keep", "a fraction to share out over the layers", None)
-        if not self.beta >= 1:
-            raise _fail("select.beta", "1 or more", self.beta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRatio:
-    """Tokens kept in one layer of the model that the ratios were made for."""
-
-    layer_index: int
-    retain_ratio: float
-    priority: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_whole("layer_index", self.layer_index, 0, "0 or more")
-        _check_fraction("retain_ratio", self.retain_ratio)
-        if not self.priority > 0:
-            raise _fail("priority", "a positive weight", self.priority)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hybrid(SnapKV):
-    """Scores of SnapKV, budgets per layer, sinks and a recent window, all inside the budget.
-
-    Per-layer ratios are interpolated between the listed layers of a model of ``model_layers`` layers; without a list,
-    ``base="pyramid"`` shares ``keep`` out as PyramidKV does and ``base="snap"`` gives every layer the same.
-    Source: the hybrid selector of akchaud5/KV-cache-paper, with its budget conserved.
-    """
-
-    keep: float | None = 0.25
-    base: Literal["pyramid", "snap"] = "pyramid"
-    beta: float = 20.0
-    layer_ratios: tuple[LayerRatio, ...] = ()
-    model_layers: int | None = None
-    min_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep is None:
-            raise _fail("select.keep", "a fraction to share out over the layers", None)
-        _check_whole("select.min_tokens", self.min_tokens, 0, "0 or more")
-        _check_choice("select.base", self.base, ("pyramid", "snap"))
-        if not self.beta >= 1:
-            raise _fail("select.beta", "1 or more", self.beta)
-        indices = [ratio.layer_index for ratio in self.layer_ratios]
-        if sorted(set(indices)) != indices:
-            raise _fail("select.layer_ratios", "rising layer indices, each once", indices)
-        if self.layer_ratios and (self.model_layers is None or self.model_layers <= indices[-1]):
-            raise _fail("select.model_layers", f"the ratios' depth, more than {indices[-1]}", self.model_layers)
-
-
-Selector = Full | Streaming | SnapKV | PyramidKV | Hybrid
+_ALL = 1 << 30  # queries: as many as the prompt has
+_CHOICES = {
+    "scale": ("sigma", "minmax", "search"),
+    "scale_dtype": ("fp16", "e5m3"),
+    "allocate": ("plan", "uniform", "random", "position"),
+    "granularity": ("run", "head", "layer"),
+    "prefill": ("joint", "layerwise"),
+    "decode": ("grow", "hold"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +41,29 @@ class Policy:
         select: which tokens may be kept; None: all of them, the budget decides by measured importance.
         sinks, window: first and newest tokens that stay at 16 bits (inside the budget). A byte budget with nothing
             selected keeps a window of 16 where none is given.
-        rotation: "hadamard" (Gaussian-like rows, the default) or "none".
+        rotation: "hadamard" (Gaussian-like rows, the default), "none", or a Rotation: orthogonal matrices of your own.
         group: channels that share a scale: a divisor of head_dim and a multiple of 16; None: head_dim.
         seed: of stochastic rounding.
         scale: how steps are fitted: "sigma", "minmax", "search"; zero_point: False drops it (symmetric codes).
+        scale_dtype: of stored steps: "fp16", or "e5m3" (8 bits; zeros as eighths of the step), half the bytes.
         stochastic: stochastic rounding (Philox, seeded); the default rounds to nearest.
         classes: (k_bits, v_bits) that a budget may use for tokens besides 16 bits; None: all of 2, 3, 4, 8.
         guard: largest fraction of a list's kept tokens that a budget may leave at 16 bits; None: no limit.
         importance_temperature: importance is raised to 1 / (2 * temperature) before planning; smaller is sharper. At 1,
             the square root: what the prompt's last queries attend to foretells later ones only roughly.
         calibration_tokens: tokens per KV head from which the distortion at each number of bits is measured.
+        drop: False: a byte budget lowers bits, and drops none of the selected tokens.
+        allocate: how a byte budget is spent: "plan" (by measured error per byte); "uniform" (one class for all tokens,
+            the richest of which as many tokens as possible fit; the selector shares them out); for comparisons "random"
+            and "position" (the plan, told random importance, or that newer is more important).
+        granularity: what has a number of bits of its own: a "run" of 64 tokens of equal rank, a KV "head", or a
+            "layer". The latter two drop none of the selected tokens.
+        prefill: "joint" compresses all layers together at the prompt's end, under one plan; "layerwise" compresses a
+            layer as soon as it is done, in its share of the bytes, so that no more than one layer is ever uncompressed.
+        layer_weights: shares of the layers with "layerwise" (None: equal, or as the selector shares tokens out).
+        decode: "grow": new tokens add bytes, at the bits that the plan gave their rank when they leave the 16-bit
+            window; "hold": the byte budget is held for good, by evicting the least important and lowering bits.
+        decay: of accumulated importance from one observation (16 queries) to the next while decoding.
     """
 
     bits: int | None = None
@@ -187,16 +75,24 @@ class Policy:
     select: Selector | None = None
     sinks: int = 0
     window: int = 0
-    rotation: Literal["hadamard", "none"] = "hadamard"
+    rotation: Literal["hadamard", "none"] | Rotation = "hadamard"
     group: int | None = None
     seed: int = 0
     scale: Literal["sigma", "minmax", "search"] = "sigma"
+    scale_dtype: Literal["fp16", "e5m3"] = "fp16"
     zero_point: bool = True
     stochastic: bool = False
     classes: Sequence[tuple[int, int]] | None = None
     guard: float | None = None
     importance_temperature: float = 1.0
     calibration_tokens: int = 256
+    drop: bool = True
+    allocate: Literal["plan", "uniform", "random", "position"] = "plan"
+    granularity: Literal["run", "head", "layer"] = "run"
+    prefill: Literal["joint", "layerwise"] = "joint"
+    layer_weights: Sequence[float] | None = None
+    decode: Literal["grow", "hold"] = "grow"
+    decay: float = 0.8
 
     def __post_init__(self) -> None:
         split = self.k_bits is not None or self.v_bits is not None
@@ -218,13 +114,15 @@ class Policy:
                 raise _fail(name, "2, 3, 4, 8 or 16", value)
         if self.target_ratio is not None and not self.target_ratio >= 1:
             raise _fail("target_ratio", "1 or more", self.target_ratio)
-        _check_fraction("fraction", self.fraction)
+        check_fraction("fraction", self.fraction)
         if self.budget_bytes is not None:
-            _check_whole("budget_bytes", self.budget_bytes, 1, "1 or more bytes")
+            check_whole("budget_bytes", self.budget_bytes, 1, "1 or more bytes")
         for name in ("sinks", "window", "seed"):
-            _check_whole(name, getattr(self, name), 0, "0 or more")
-        _check_choice("rotation", self.rotation, ("hadamard", "none"))
-        _check_choice("scale", self.scale, ("sigma", "minmax", "search"))
+            check_whole(name, getattr(self, name), 0, "0 or more")
+        if not isinstance(self.rotation, Rotation):
+            check_choice("rotation", self.rotation, ("hadamard", "none"))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         if self.group is not None and (self.group < 16 or self.group % 16):
             raise _fail("group", "a multiple of 16", self.group)
         for pair in self.classes or ():
@@ -234,11 +132,29 @@ class Policy:
             raise _fail("guard", "a fraction in [0, 1]", self.guard)
         if not self.importance_temperature > 0:
             raise _fail("importance_temperature", "a positive number", self.importance_temperature)
-        _check_whole("calibration_tokens", self.calibration_tokens, 16, "16 or more")
+        check_whole("calibration_tokens", self.calibration_tokens, 16, "16 or more")
+        if not 0 <= self.decay < 1:
+            raise _fail("decay", "a factor in [0, 1)", self.decay)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """What one argument asks for and another one rules out."""
         if self.fixed_class is not None:
-            for name in ("guard", "classes"):
-                if getattr(self, name) is not None:
-                    raise _fail(name, "a byte budget beside it (fixed bits leave nothing to plan)", getattr(self, name))
+            for name in ("guard", "classes", "allocate", "granularity", "decode", "drop"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    raise _fail(name, "a byte budget beside it (fixed bits leave nothing to plan)", value)
+        if self.allocate == "uniform":
+            for name in ("granularity", "guard", "drop"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    raise _fail(name, "the default with allocate='uniform', which has one class for all", value)
+        if self.layer_weights is not None:
+            if self.prefill != "layerwise" or self.fixed_class is not None:
+                raise _fail("layer_weights", "a byte budget and prefill='layerwise' beside it", self.layer_weights)
+            weights = [float(weight) for weight in self.layer_weights]
+            if not weights or not all(0 < weight < float("inf") for weight in weights):
+                raise _fail("layer_weights", "a positive number for every layer", self.layer_weights)
 
     @property
     def fixed_class(self) -> tuple[int, int] | None:
@@ -251,14 +167,14 @@ class Policy:
 
     @property
     def scoring_window(self) -> int:
-        """Queries of the prompt's end that importance is measured with; 0: none are needed."""
-        if isinstance(self.select, Streaming):
+        """Queries of the prompt's end, at most, that importance is measured with; 0: none are needed."""
+        if isinstance(self.select, Streaming | KeyNorm | Random):
+            return 0
+        if self.fixed_class is not None and (self.select is None or self.select.keep is None):
             return 0
         if self.select is None:
-            return 0 if self.fixed_class is not None else AUTOMATIC.window
-        if self.fixed_class is not None and self.select.keep is None:
-            return 0
-        return self.select.window
+            return AUTOMATIC.window
+        return _ALL if isinstance(self.select, H2O) else self.select.window
 
     @property
     def kept_window(self) -> int:

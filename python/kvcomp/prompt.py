@@ -1,192 +1,305 @@
-"""A prompt's K and V of all layers -> packed layers under one byte budget, with a report of what was decided."""
+"""A prompt's K and V -> packed layers under one byte budget, all layers together or one after the other, with a report
+of what was decided."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from . import _C
-from .choose import candidates_of, layer_priorities
+from .choose import candidates_of, layer_priorities, layer_shares
+from .hold import compact, least_held
 from .layer_input import Array, LayerInput, first_tokens
-from .measure import distortion_of, importance_of
-from .pages import PageRows, bytes_held, paged, write_pages
-from .policy import BITS, Hybrid, Policy
-from .store import BFLOAT16, FLOAT16, LEDGER, PAGE, ROTATIONS, SCALES, Coding, Layout, PackedLayer, workspace
+from .measure import at_random, distortion_of, importance_of, recency
+from .packed import Packed, Report, ratio_text
+from .pages import write_pages
+from .policy import Policy
+from .ranks import LEVELS, Ranks, ladder, page_worth, spread
+from .rotation import Rotation
+from .spend import LIST_BYTES, Account, Over, Ready, Spent, fixed_bits, spend
+from .store import BFLOAT16, FLOAT16, PAGE, ROTATIONS, SCALE_DTYPES, SCALES, Coding, Layout, PackedLayer, rotated
 
-_LIST_BYTES = 16
-
-
-@dataclass
-class Report:
-    """What a plan decided. Counts are over all layers unless they are lists per layer.
-
-    ``configured`` holds what the policy asked for, ``effective`` what became of it under the budget.
-    """
-
-    prompt_tokens: int  # real tokens of all sequences
-    bf16_bytes: int  # of the uncompressed cache of those tokens
-    budget_bytes: int | None
-    planned_bytes: int
-    least_bytes: int | None  # of the smallest plan, before the arena rounds up
-    kept_fraction: float
-    kept_per_layer: list[float]
-    bits_per_element: float  # of kept tokens' codes
-    tokens_per_class: dict[str, int]  # "k_bits/v_bits" -> tokens
-    high_precision_fraction: float  # of kept tokens at 16 bits, sinks and window included
-    over_budget: bool = False  # the smallest plan was kept although it does not fit
-    configured: dict[str, Any] = field(default_factory=dict)
-    effective: dict[str, Any] = field(default_factory=dict)
-
-
-class Packed:
-    """The packed layers of one prompt, and what they take.
-
-    Attributes:
-        positions: per layer, the token at each stored place, lists one after the other in page order, where they were
-            asked for. Attention needs none; they serve measurements, and are not part of the cache's bytes.
-    """
-
-    def __init__(
-        self, arena: _C.Arena, layers: list[PackedLayer], report: Report, positions: list[Array] | None = None
-    ) -> None:
-        self.arena, self.layers, self.report, self.positions = arena, layers, report, positions
-
-    @property
-    def nbytes(self) -> int:
-        """Everything held: slabs of the arena, page tables, list states."""
-        return int(self.arena.nbytes) + sum(layer.table_bytes for layer in self.layers)
-
-    @property
-    def ratio(self) -> float:
-        """bf16 bytes of the prompt's real tokens over ``nbytes`` as it is now."""
-        return self.report.bf16_bytes / self.nbytes
-
-    def ledger(self) -> dict[str, int]:
-        """Bytes by use: codes, scales, positions, page_table, slack, window; they sum to ``nbytes``."""
-        ledger = dict.fromkeys(LEDGER, 0)
-        for layer in self.layers:
-            for name, nbytes in layer.page_ledger().items():
-                ledger[name] += nbytes
-            ledger["page_table"] += layer.table_bytes
-        ledger["slack"] = self.nbytes - sum(ledger.values())
-        return ledger
+# What Ranks keeps of a list: kind, level, recent; and, where bytes are held, two tables of five and drop.
+_RANKS_BYTES, _HELD_BYTES = LEVELS * (2 + 4) + 8, 44
 
 
 def _half(tensor: Any) -> int:
     return BFLOAT16 if "bfloat16" in str(tensor.dtype) else FLOAT16
 
 
-def _check(layers: Sequence[LayerInput], policy: Policy) -> Layout:
-    if not layers:
-        raise ValueError("compress: layers: expected at least one, got none")
-    for index, layer in enumerate(layers):
+class Compressor:
+    """Takes a prompt's layers in order and packs them.
+
+    With ``Policy.prefill="joint"`` nothing is packed before ``finish``: K and V of all layers are kept until then. With
+    "layerwise" each layer is packed when it is added, in its share of the bytes, and nothing of it is kept.
+
+    least_if_over: keep the smallest plan (``report.over_budget``) where the budget is below it, instead of raising
+        ``BudgetError``.
+    positions: keep which token every place holds (``Packed.positions``).
+    """
+
+    def __init__(self, policy: Policy, layers: int, *, least_if_over: bool = False, positions: bool = False) -> None:
+        if layers < 1:
+            raise ValueError("compress: layers: expected at least one, got none")
+        if policy.layer_weights is not None and len(policy.layer_weights) != layers:
+            raise ValueError(
+                f"compress: layer_weights: expected one for each of {layers} layers, got {len(policy.layer_weights)}"
+            )
+        self.policy, self.layers = policy, layers
+        self._least_if_over, self._want_positions = least_if_over, positions
+        self._ready: list[Ready] = []  # measured, and not packed yet
+        self._shapes: list[tuple[int, int, int, int]] = []
+        self._packed: list[PackedLayer] = []
+        self._positions: list[Array] = []
+        self._page_bytes: list[int] = []
+        self._fixed_tokens = 0
+        self._least: int | None = 0
+        self._over = False
+
+    # ---- layers come in
+
+    def add(self, layer: LayerInput) -> None:
+        """The next layer of the prompt."""
+        index = len(self._shapes)
+        if index == self.layers:
+            raise ValueError(f"compress: layers: expected {self.layers}, got more")
+        self._check(layer, index)
+        if index == 0:
+            self._begin(layer)
+        self._shapes.append(layer.shape)
+        self._ready.append(self._measured(layer, index))
+        if self.policy.prefill == "layerwise":
+            self._pack(self._share(layer.shape))
+
+    def finish(self) -> Packed:
+        """All layers have been added."""
+        if len(self._shapes) != self.layers:
+            raise ValueError(f"compress: layers: expected {self.layers}, got {len(self._shapes)}")
+        if self._ready:
+            self._pack(self._budget(self._bf16_bytes()))
+        elif self.layers > 1:
+            compact(self._arena, self._packed)  # one slab a size for all layers, as after a joint plan
+        budget = self._budget(self._bf16_bytes())
+        hold = None
+        if self.policy.decode == "hold":
+            hold = self._held_bytes(budget)
+        report = self._report(budget)
+        positions = self._positions if self._want_positions else None
+        return Packed(self._arena, self._packed, report, self.policy, positions, hold)
+
+    def _check(self, layer: LayerInput, index: int) -> None:
         keys, values = (tuple(getattr(part, "shape", ())) for part in (layer.keys, layer.values))
-        if len(keys) != 4 or keys != values or 0 in keys[:2]:
+        if len(keys) != 4 or keys != values or 0 in keys[1:2]:
             raise ValueError(
                 f"compress: layers[{index}]: expected keys and values of one shape (b, h, s, d), "
                 f"got {keys} and {values}"
             )
-        if layer.shape[0] != layers[0].shape[0] or layer.shape[2:] != layers[0].shape[2:]:
-            raise ValueError(f"compress: layers[{index}]: expected shape {layers[0].shape}, got {layer.shape}")
-        if not np.array_equal(first_tokens(layer), first_tokens(layers[0])):
+        shape = self._shapes[0] if index else layer.shape
+        if layer.shape[0] != shape[0] or layer.shape[2:] != shape[2:]:
+            raise ValueError(f"compress: layers[{index}]: expected shape {shape}, got {layer.shape}")
+        first = first_tokens(layer)
+        if index and not np.array_equal(first, self._first):
             raise ValueError(
-                f"compress: layers[{index}]: expected first {first_tokens(layers[0]).tolist()} as in layers[0], "
-                f"got {first_tokens(layer).tolist()}"
+                f"compress: layers[{index}]: expected first {self._first.tolist()} as in layers[0], "
+                f"got {first.tolist()}"
             )
         if layer.importance is not None and tuple(layer.importance.shape) != layer.shape[:3]:
             raise ValueError(
                 f"compress: importance: expected {layer.shape[:3]} in layer {index}, "
                 f"got {tuple(layer.importance.shape)}"
             )
-    head_dim = layers[0].shape[3]
-    group = head_dim if policy.group is None else policy.group
-    layout = Layout(head_dim, group, int(policy.zero_point), _half(layers[0].keys))
-    _C.page_bytes(layout, 16, 16)  # refuses head dimensions and groups by name
-    return layout
+        rotation = self.policy.rotation
+        if isinstance(rotation, Rotation) and not rotation.fits(self.layers, layer.shape[1], layer.shape[3]):
+            raise ValueError(
+                f"compress: rotation: expected matrices of {self.layers} layers, {layer.shape[1]} heads and "
+                f"{layer.shape[3]} channels, got {rotation!r}"
+            )
+
+    def _begin(self, layer: LayerInput) -> None:
+        policy = self.policy
+        self._first = first_tokens(layer)
+        head_dim = layer.shape[3]
+        group = head_dim if policy.group is None else policy.group
+        layout = Layout(head_dim, group, int(policy.zero_point), _half(layer.keys), SCALE_DTYPES[policy.scale_dtype])
+        _C.page_bytes(layout, 16, 16)  # refuses head dimensions and groups by name
+        given = isinstance(policy.rotation, Rotation)
+        rotation = 0 if given or policy.fixed_class == (16, 16) else ROTATIONS[str(policy.rotation)]
+        self._coding = Coding(layout, rotation, SCALES[policy.scale], int(policy.stochastic), policy.seed)
+        self._account = Account(layout)
+        if policy.fixed_class is None:
+            hold = policy.decode == "hold"
+            self._account = Account(layout, PAGE.itemsize + 4 * hold, LIST_BYTES + _RANKS_BYTES + _HELD_BYTES * hold)
+        self._arena = _C.Arena()
+
+    def _turns(self, index: int) -> tuple[Array, Array] | None:
+        """The layer's own matrices, where the policy brings some and anything is quantized."""
+        rotation = self.policy.rotation
+        if not isinstance(rotation, Rotation) or self.policy.fixed_class == (16, 16):
+            return None
+        return rotation.keys[index], rotation.values[index]
+
+    def _measured(self, layer: LayerInput, index: int) -> Ready:
+        policy, pair, select = self.policy, self.policy.fixed_class, self.policy.select
+        b, h, s, _ = layer.shape
+        position = np.arange(s)
+        fixed = np.zeros((b * h, s), np.uint8)
+        begin = np.repeat(self._first, h)[:, None]
+        fixed[(position >= begin) & (position < begin + policy.sinks)] = 1
+        fixed[position >= np.maximum(begin, s - policy.kept_window)] = 2
+        importance = np.zeros((b, h, s), np.float32)
+        if pair is None or (select is not None and select.keep is not None):
+            importance = importance_of(layer, policy, index)
+        kept = candidates_of(importance, self._first, policy, index, self.layers)
+        fixed[kept == 0] = 0
+        if policy.allocate == "random":
+            importance = at_random(layer, policy.seed, index)
+        elif policy.allocate == "position":
+            importance = recency(layer)
+        turns = self._turns(index)
+        if turns is not None:
+            keys, values = rotated(layer.keys, turns[0]), rotated(layer.values, turns[1])
+            queries = None if layer.queries is None else rotated(layer.queries, turns[0])
+            layer = LayerInput(keys, values, queries, None, layer.first, layer.scale, layer.softcap)
+        tables = None
+        if pair is None:
+            tables = distortion_of(layer, self._coding, policy.calibration_tokens, index)
+        if layer.queries is not None:
+            layer = LayerInput(layer.keys, layer.values, None, None, layer.first, layer.scale, layer.softcap)
+        priority = float(layer_priorities(select, self.layers)[index])
+        return Ready(layer, index, importance, self._first, kept, fixed, tables, priority, self.layers)
+
+    # ---- bytes
+
+    def _budget(self, bf16_bytes: int) -> int:
+        return -1 if self.policy.fixed_class is not None else self.policy.budget(bf16_bytes)
+
+    def _real_tokens(self) -> int:
+        return int((self._shapes[0][2] - self._first).sum())
+
+    def _bf16_bytes(self) -> int:
+        """Of the uncompressed cache. Layers that are still to come have as many heads as the last one."""
+        heads = sum(shape[1] for shape in self._shapes) + (self.layers - len(self._shapes)) * self._shapes[-1][1]
+        return self._real_tokens() * heads * self._shapes[0][3] * 2 * 2
+
+    def _share(self, shape: tuple[int, int, int, int]) -> int:
+        """Bytes for the layer that was just added: its part of what the layers before it have left."""
+        index, select = len(self._shapes) - 1, self.policy.select
+        if self.policy.layer_weights is not None:
+            weights = np.asarray(self.policy.layer_weights, np.float64)
+        elif select is not None and select.keep is not None:
+            weights = layer_shares(select, self.layers, max(shape[2], 1), 1).astype(np.float64)
+        else:
+            weights = np.ones(self.layers)
+        left = self._budget(self._bf16_bytes()) - self._held()
+        return int(left * weights[index] / weights[index:].sum())
+
+    def _held(self) -> int:
+        return int(self._arena.nbytes) + sum(layer.table_bytes for layer in self._packed)
+
+    def _held_bytes(self, budget: int) -> int:
+        """What is held while decoding: the budget, if the 16-bit tails alone can live in it."""
+        least = least_held(self._packed)
+        if budget >= least:
+            return max(budget, self._held()) if self._over else budget
+        if not self._least_if_over:
+            raise self._budget_error(least, budget)
+        self._over = True
+        return max(least, self._held())
+
+    def _budget_error(self, least: int, budget: int) -> _C.BudgetError:
+        error = _C.BudgetError(
+            f"plan: budget: expected at least {least} bytes (a ratio of {ratio_text(self._bf16_bytes() / least)} or "
+            f"less), got {budget} bytes"
+        )
+        error.least_bytes = least
+        return error
+
+    # ---- packing
+
+    def _pack(self, budget: int) -> None:
+        """Packs what is ready in ``budget`` bytes."""
+        ready, self._ready = self._ready, []
+        policy, pair = self.policy, self.policy.fixed_class
+        if pair is not None:
+            spent = fixed_bits(ready, pair)
+            self._least = None
+        else:
+            try:
+                spent = spend(ready, policy, self._account, budget, least_if_over=self._least_if_over)
+            except Over as over:
+                least = self._held() + over.held
+                raise self._budget_error(least, self._budget(self._bf16_bytes())) from None
+            self._least = None if spent.least is None or self._least is None else self._least + spent.least
+            self._over = self._over or spent.over
+        tables = write_pages(self._arena, [one.layer for one in ready], spent.plans, self._coding, ready[0].index)
+        common = _common_class(spent)
+        for place, (one, table) in enumerate(zip(ready, tables, strict=True)):
+            self._keep(one, spent, place, table, common)
+
+    def _keep(self, one: Ready, spent: Spent, place: int, table: Array, common: tuple[int, int]) -> None:
+        rows, policy = spent.plans[place], self.policy
+        heads = one.layer.shape[1]
+        aged = np.empty((len(rows.states), 2), np.uint8)
+        aged[:] = policy.fixed_class or common
+        ranks = None
+        if policy.fixed_class is None:
+            ranks = _ranks(one, spent, place, table.shape[1], hold=policy.decode == "hold")
+            aged = np.where(ranks.kind[:, :1, 0] > 0, ranks.kind[:, 0], aged)
+            last = (ranks.kind[:, :, 0] > 0).sum(1)  # until attention has been observed: the least class
+            some = last > 0
+            aged[some] = ranks.kind[some, last[some] - 1]
+        layer = PackedLayer(
+            self._arena, self._coding, table, rows.states, heads=heads, layer=one.index, aged=aged,
+            window=policy.kept_window, ranks=ranks, rotation=self._turns(one.index), decay=policy.decay,
+        )  # fmt: skip
+        self._packed.append(layer)
+        self._positions.append(rows.tokens)
+        self._page_bytes.append(self._account.held([rows]))
+
+    def _report(self, budget: int) -> Report:
+        histogram: dict[tuple[int, int], int] = {}
+        per_layer = []
+        for layer in self._packed:
+            for key, count in layer.bits_histogram().items():
+                histogram[key] = histogram.get(key, 0) + count
+            whole = self._real_tokens() * layer.heads
+            per_layer.append(float(layer.tokens.sum()) / whole if whole else 0.0)
+        stored = sum(histogram.values())
+        whole = self._real_tokens() * sum(layer.heads for layer in self._packed)
+        held, policy = self._held(), self.policy
+        return Report(
+            prompt_tokens=self._real_tokens(),
+            bf16_bytes=self._bf16_bytes(),
+            budget_bytes=None if budget < 0 else budget,
+            planned_bytes=held,
+            least_bytes=self._least,
+            kept_fraction=stored / whole if whole else 0.0,
+            kept_per_layer=per_layer,
+            bytes_per_layer=self._page_bytes,
+            bits_per_element=sum((k + v) / 2 * n for (k, v), n in histogram.items()) / stored if stored else 0.0,
+            tokens_per_class={f"{k}/{v}": n for (k, v), n in sorted(histogram.items())},
+            high_precision_fraction=histogram.get((16, 16), 0) / stored if stored else 0.0,
+            over_budget=self._over,
+            configured={
+                "sinks": policy.sinks,
+                "window": policy.window,
+                "guard": policy.guard,
+                "keep": getattr(policy.select, "keep", None),
+                "target_ratio": policy.target_ratio,
+            },
+            effective={
+                "window": policy.kept_window,
+                "ratio": self._bf16_bytes() / held if held else None,
+            },
+        )
 
 
-def fixed_bits(kept: Array, fixed: Array, pair: tuple[int, int]) -> tuple[Array, Array]:
-    """K and V bits of every token when each list fills pages of one class and leaves the newest rest to its tail."""
-    k_bits, v_bits = np.zeros_like(kept), np.zeros_like(kept)
-    room = _C.page_tokens(*pair)
-    for row in range(len(kept)):
-        k_bits[row, kept[row] > 0], v_bits[row, kept[row] > 0] = 16, 16
-        if pair == (16, 16):
-            continue
-        plain = np.flatnonzero((kept[row] > 0) & (fixed[row] == 0))
-        packed = plain[: len(plain) // room * room]
-        k_bits[row, packed], v_bits[row, packed] = pair
-        fixed[row, plain[len(packed) :]] = 2
-    return k_bits, v_bits
-
-
-def _allowed(policy: Policy) -> Array:
-    allowed = np.zeros((5, 5), np.uint8)
-    pairs = policy.classes if policy.classes is not None else [(k, v) for k in BITS[:-1] for v in BITS[:-1]]
-    for k, v in pairs:
-        allowed[BITS.index(k), BITS.index(v)] = 1
-    allowed[4, 4] = 1
-    return allowed
-
-
-def compress_prompt(
-    layers: Sequence[LayerInput], policy: Policy, *, least_if_over: bool = False, positions: bool = False
-) -> Packed:
-    """Packs a prompt's layers under ``policy``; all layers share one byte budget.
-
-    ``positions``: keep which token every place holds (``Packed.positions``).
-
-    ``least_if_over``: keep the smallest plan (``report.over_budget``) where the budget is below it, instead of raising
-    ``BudgetError``.
-    """
-    layout = _check(layers, policy)
-    coding = Coding(layout, ROTATIONS[policy.rotation], SCALES[policy.scale], int(policy.stochastic), policy.seed)
-    first = first_tokens(layers[0])
-    s, d = layers[0].shape[2], layout.head_dim
-    heads = sum(layer.shape[1] for layer in layers)
-    real = int((s - first).sum())
-    bf16_bytes = real * heads * d * 2 * 2
-    pair = policy.fixed_class
-    select = policy.select
-
-    position = np.arange(s)
-    fixed = [np.zeros((layer.shape[0] * layer.shape[1], s), np.uint8) for layer in layers]
-    for layer, marks in zip(layers, fixed, strict=True):
-        begin = np.repeat(first, layer.shape[1])[:, None]
-        marks[(position >= begin) & (position < begin + policy.sinks)] = 1
-        marks[(position >= np.maximum(begin, s - policy.kept_window))] = 2
-    needs_scores = pair is None or (select is not None and select.keep is not None)
-    if needs_scores:
-        importance = [importance_of(layer, policy) for layer in layers]
-    else:
-        importance = [np.zeros(layer.shape[:3], np.float32) for layer in layers]
-    kept = candidates_of(select, importance, first, policy)
-    for candidates, marks in zip(kept, fixed, strict=True):
-        marks[candidates == 0] = 0
-
-    budget, least, over = -1, None, False
-    if pair is not None:
-        if pair == (16, 16) and policy.rotation != "none":
-            coding = Coding(layout, ROTATIONS["none"], coding.scale, coding.stochastic, coding.seed)
-        bits = [fixed_bits(k, f, pair) for k, f in zip(kept, fixed, strict=True)]
-        plans = [paged(k, v, f) for (k, v), f in zip(bits, fixed, strict=True)]
-    else:
-        budget = policy.budget(bf16_bytes)
-        plans, least, over = _planned(layers, policy, coding, importance, kept, fixed, budget, least_if_over)
-    aged = pair if pair is not None else _aged_class(plans)
-    arena, packed = write_pages(layers, plans, coding, aged, policy.kept_window)
-    report = _report(packed, policy, real, bf16_bytes, budget, least, over, layers)
-    return Packed(arena, packed, report, [rows.tokens for rows in plans] if positions else None)
-
-
-def _aged_class(plans: list[PageRows]) -> tuple[int, int]:
-    """The class most packed tokens have, which new tokens take when they age."""
+def _common_class(spent: Spent) -> tuple[int, int]:
+    """The class most packed tokens have, for lists that have none."""
     counts: dict[tuple[int, int], int] = {}
-    for rows in plans:
+    for rows in spent.plans:
         for page in rows.pages:
             key = (int(page["k_bits"]), int(page["v_bits"]))
             if key != (16, 16):
@@ -194,127 +307,28 @@ def _aged_class(plans: list[PageRows]) -> tuple[int, int]:
     return max(counts, key=lambda key: counts[key]) if counts else (4, 4)
 
 
-def _planned(
-    layers: Sequence[LayerInput],
-    policy: Policy,
-    coding: Coding,
-    importance: list[Array],
-    kept: list[Array],
-    fixed: list[Array],
-    budget: int,
-    least_if_over: bool,
-) -> tuple[list[PageRows], int, bool]:
-    """Runs plan until what the arena will really take fits the budget."""
-    s = layers[0].shape[2]
-    priority = layer_priorities(policy.select, len(layers))
-    exponent = 0.5 / policy.importance_temperature
-    sharp = np.concatenate(
-        [
-            (scores.reshape(-1, s).astype(np.float64) ** exponent * weight).astype(np.float32)
-            for scores, weight in zip(importance, priority, strict=True)
-        ]
-    )
-    tables = [distortion_of(layer, coding, policy.calibration_tokens, index) for index, layer in enumerate(layers)]
-    distortion_k, distortion_v, drop = (np.concatenate(parts) for parts in zip(*tables, strict=True))
-    every_kept, every_fixed = np.concatenate(kept), np.concatenate(fixed)
-    candidates = ((every_kept > 0) & (every_fixed == 0)).sum(1)
-    guard = None if policy.guard is None else np.floor(policy.guard * every_kept.astype(bool).sum(1)).astype(np.int32)
-    floor = policy.select.min_tokens if isinstance(policy.select, Hybrid) else 0
-    least_tokens = np.minimum(np.maximum(floor - (every_fixed > 0).sum(1), 0), candidates).astype(np.int32)
-    n = len(sharp)
-    k_bits, v_bits = np.empty((n, s), np.uint8), np.empty((n, s), np.uint8)
-    splits = np.cumsum([len(part) for part in kept])[:-1]
-
-    def run(limit: int) -> tuple[int, int, int, int, int, float]:
-        return _C.plan(
-            k_bits, v_bits, sharp, every_kept, every_fixed, distortion_k, distortion_v, drop, _allowed(policy),
-            least_tokens, guard, workspace(_C.plan_workspace(n, s)), coding.layout, limit,
-            PAGE.itemsize, _LIST_BYTES, 0,
-        )  # fmt: skip
-
-    limit = budget
-    while True:
-        try:
-            _, least, *_ = run(limit)
-            smallest = False
-        except _C.BudgetError as error:
-            least, smallest = error.least_bytes, True
-            run(least)
-        plans = [
-            paged(k, v, f)
-            for k, v, f in zip(*(np.split(part, splits) for part in (k_bits, v_bits, every_fixed)), strict=True)
-        ]
-        held = bytes_held(plans, coding.layout)
-        if held <= budget:
-            return plans, least, False
-        if smallest and not least_if_over:
-            raise _budget_error(held, budget, layers)
-        if smallest:
-            return plans, least, True
-        limit -= held - budget
+def _ranks(one: Ready, spent: Spent, place: int, capacity: int, *, hold: bool) -> Ranks:
+    """What a layer's lists remember of their plan."""
+    rows, fixed = spent.plans[place], spent.fixed[place]
+    n, s = fixed.shape
+    importance = one.importance.reshape(n, s).astype(np.float64)
+    importance = (importance / np.maximum(importance.sum(1, keepdims=True), 1e-30)).astype(np.float32)
+    kind, level = ladder(importance, *spent.bits[place], fixed)
+    recent = np.zeros((n, 2), np.float32)
+    if not hold:
+        nothing, table = np.zeros((n, 0), np.float32), np.zeros((0, 5), np.float32)
+        return Ranks(kind, level, recent, nothing, table, table, np.zeros(0, np.float32))
+    assert one.tables is not None
+    worth = page_worth(importance, rows.pages, rows.lists, rows.start, rows.tokens, fixed)
+    tables = [(part * one.priority).astype(np.float32) for part in one.tables]
+    return Ranks(kind, level, recent, spread(worth, rows.states, capacity), *tables)
 
 
-def ratio_text(ratio: float) -> str:
-    """A ratio that still works, rounded down to hundredths."""
-    return f"{math.floor(100 * ratio) / 100:.2f}"
-
-
-def _budget_error(least: int, budget: int, layers: Sequence[LayerInput]) -> _C.BudgetError:
-    first = first_tokens(layers[0])
-    _, _, s, d = layers[0].shape
-    whole = int((s - first).sum()) * sum(layer.shape[1] for layer in layers) * d * 4
-    error = _C.BudgetError(
-        f"plan: budget: expected at least {least} bytes (a ratio of {ratio_text(whole / least)} or less), "
-        f"got {budget} bytes"
-    )
-    error.least_bytes = least
-    return error
-
-
-def _report(
-    packed: list[PackedLayer],
-    policy: Policy,
-    real: int,
-    bf16_bytes: int,
-    budget: int,
-    least: int | None,
-    over: bool,
-    layers: Sequence[LayerInput],
-) -> Report:
-    first = first_tokens(layers[0])
-    s = layers[0].shape[2]
-    histogram: dict[tuple[int, int], int] = {}
-    per_layer = []
-    for layer in packed:
-        for key, count in layer.bits_histogram().items():
-            histogram[key] = histogram.get(key, 0) + count
-        whole = int((s - first).sum()) * layer.heads
-        per_layer.append(float(layer.tokens.sum()) / whole if whole else 0.0)
-    stored = sum(histogram.values())
-    whole = real * sum(layer.heads for layer in packed)
-    arena_bytes = int(packed[0].arena.nbytes) + sum(layer.table_bytes for layer in packed)
-    return Report(
-        prompt_tokens=real,
-        bf16_bytes=bf16_bytes,
-        budget_bytes=None if budget < 0 else budget,
-        planned_bytes=arena_bytes,
-        least_bytes=least,
-        kept_fraction=stored / whole if whole else 0.0,
-        kept_per_layer=per_layer,
-        bits_per_element=sum((k + v) / 2 * n for (k, v), n in histogram.items()) / stored if stored else 0.0,
-        tokens_per_class={f"{k}/{v}": n for (k, v), n in sorted(histogram.items())},
-        high_precision_fraction=histogram.get((16, 16), 0) / stored if stored else 0.0,
-        over_budget=over,
-        configured={
-            "sinks": policy.sinks,
-            "window": policy.window,
-            "guard": policy.guard,
-            "keep": getattr(policy.select, "keep", None),
-            "target_ratio": policy.target_ratio,
-        },
-        effective={
-            "window": policy.kept_window,
-            "aged_class": list(packed[0].aged),
-            "ratio": bf16_bytes / arena_bytes if arena_bytes else None,
-        },
-    )
+def compress_prompt(
+    layers: Sequence[LayerInput], policy: Policy, *, least_if_over: bool = False, positions: bool = False
+) -> Packed:
+    """Packs all of a prompt's layers under ``policy`` (Compressor)."""
+    compressor = Compressor(policy, len(layers), least_if_over=least_if_over, positions=positions)
+    for layer in layers:
+        compressor.add(layer)
+    return compressor.finish()

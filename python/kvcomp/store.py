@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import _C
 from .layer_input import to_float32
 
+if TYPE_CHECKING:
+    from .ranks import Ranks
+
 FLOAT16, BFLOAT16 = 1, 2  # kvc_dtype
 ROTATIONS = {"none": 0, "hadamard": 1}
 SCALES = {"sigma": 0, "minmax": 1, "search": 2}
+SCALE_DTYPES = {"fp16": 0, "e5m3": 1}
+SLAB_BYTES = 4096  # a slab is a whole number of memory pages (csrc/core/arena.c)
 LEDGER = ("codes", "scales", "positions", "page_table", "slack", "window")
 CHUNK = 64  # new tokens that are appended before their queries attend
+SPARE_ENTRIES = 8  # of a page table that is made larger
 
 PAGE = np.dtype([("unit", "<u4"), ("k_bits", "u1"), ("v_bits", "u1"), ("tokens", "u1"), ("flags", "u1")])
 # Columns of a list's state.
@@ -23,12 +30,14 @@ PAGES, TAIL_PAGE, TAIL_TOKENS, TOKENS = range(4)
 
 
 class Layout(NamedTuple):
-    """How pages are laid out (``kvc_layout``): channels, channels a scale, whether zeros are stored, 16-bit type."""
+    """How pages are laid out (``kvc_layout``): channels, channels a scale, whether zeros are stored, 16-bit type, type
+    of the scales."""
 
     head_dim: int
     group: int
     zero_point: int
     half: int
+    scale_dtype: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,13 @@ def empty_like(tensor: Any) -> Any:
     return np.empty(tensor.shape, tensor.dtype) if isinstance(tensor, np.ndarray) else tensor.new_empty(tensor.shape)
 
 
+def rotated(rows: Any, matrices: np.ndarray[Any, Any], *, back: bool = False) -> np.ndarray[Any, Any]:
+    """rows (b, heads, q, d) times each KV head's matrix, or (``back``) its transpose, as float32."""
+    out = np.empty(tuple(rows.shape), np.float32)
+    _C.rotate(out, rows, matrices, back)
+    return out
+
+
 def _classes(entries: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """One number for each entry's class: 32 * k_bits + v_bits."""
     return np.asarray(entries["k_bits"].astype(np.int32) * 32 + entries["v_bits"])
@@ -71,6 +87,10 @@ class PackedLayer:
     Attributes:
         table: (lists, capacity) uint64, entries of ``kvc_page``.
         lists: (lists, 4) int32, ``kvc_list``: pages, first tail page, tail tokens, tokens.
+        aged: (lists, 2) uint8, K and V bits of the tokens that leave the tail next.
+        ranks: what sets ``aged`` while decoding, and what pages are worth; None: ``aged`` stays as it is.
+        rotation: matrices (heads, d, d) float32 that keys and values were rotated by; None: Hadamard's or none
+            (``coding.rotation``).
     """
 
     def __init__(
@@ -82,11 +102,17 @@ class PackedLayer:
         *,
         heads: int,
         layer: int,
-        aged: tuple[int, int],
+        aged: np.ndarray[Any, Any],
         window: int,
+        ranks: Ranks | None = None,
+        rotation: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None,
+        decay: float = 0.0,
     ) -> None:
         self.arena, self.coding, self.table, self.lists = arena, coding, table, lists
         self.heads, self.layer, self.aged, self.window = heads, layer, aged, window
+        self.ranks, self.rotation, self.decay = ranks, rotation, decay
+        # Of the outputs, transposed once: _C.rotate would turn the matrices again at every step.
+        self._value_back = None if rotation is None else np.ascontiguousarray(rotation[1].transpose(0, 2, 1))
 
     @property
     def batch(self) -> int:
@@ -104,39 +130,93 @@ class PackedLayer:
 
     # ---- decode
 
-    def append(self, keys: Any, values: Any, valid: np.ndarray[Any, Any] | None = None) -> None:
-        """Adds rows (b, h, q, d) behind every list; of a left-padded sequence only the last ``valid[b]`` ones."""
+    def append(
+        self,
+        keys: Any,
+        values: Any,
+        valid: np.ndarray[Any, Any] | None = None,
+        make_room: Callable[[int], None] | None = None,
+    ) -> None:
+        """Adds rows (b, h, q, d) behind every list; of a left-padded sequence only the last ``valid[b]`` ones.
+
+        ``make_room`` is called with the most bytes that will be taken, before they are.
+        """
         _, q = self._group_and_new("append", "keys", keys, most=1)
         valid = self._counts("append", "valid", valid, q)
-        layout, (k_bits, v_bits) = self.coding.layout, self.aged
-        packs = self.aged != (16, 16)
+        if self.rotation is not None:
+            k_turn, v_turn = self.rotation
+            keys, values = rotated(keys, k_turn), rotated(values, v_turn)
         added = np.full(len(self.lists), q) if valid is None else np.repeat(valid, self.heads)
-        states, counts = np.unique(np.stack([self.lists[:, TAIL_TOKENS], added]), axis=1, return_counts=True)
-        tail_need = packed_need = grow = 0
-        for (tail, new), lists in zip(states.T, counts, strict=True):
-            tails, packed = _C.append_need(int(tail), int(new), self.window, packs)
-            tail_need += tails * int(lists)
-            packed_need += packed * int(lists)
-            grow = max(grow, tails + packed)
-        table = self._grown(grow)
-        tail_bytes, packed_bytes = _C.page_bytes(layout, 16, 16), _C.page_bytes(layout, k_bits, v_bits)
+        tails, flushes = self._needs(added)
+        aged = self.aged.copy()
+        if self.ranks is not None and flushes.any():
+            self.ranks.age(aged, flushes > 0)
+        if make_room is not None:  # may evict pages, of this very layer too: what would be refused is refused before
+            for name, rows in (("keys", keys), ("values", values)):
+                self._check_finite(name, rows, valid)
+            make_room(self._bytes_needed(added, aged))
+        classes, index = np.unique(aged, axis=0, return_inverse=True)
+        if not len(classes):
+            classes = np.array([[16, 16]], np.uint8)
+        index = index.reshape(-1).astype(np.uint8)
+        table = self._grown(int((tails + flushes).max(initial=0)))
+        sizes = [_C.page_bytes(self.coding.layout, 16, 16)]
+        sizes += [_C.page_bytes(self.coding.layout, int(k), int(v)) for k, v in classes]
+        needs = [int(tails.sum()), *(int(flushes[index == c].sum()) for c in range(len(classes)))]
         in_tails = int((self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]).sum())
-        pool_tail, pool_packed = np.zeros(tail_need + in_tails, np.uint32), np.zeros(packed_need, np.uint32)
-        left = np.zeros(2, np.int32)
+        pool_tail = np.zeros(needs[0] + in_tails, np.uint32)
+        pool_packed = np.zeros((len(classes), max(needs[1:], default=0)), np.uint32)
+        stacks = [pool_tail, *pool_packed]
+        left = np.zeros(len(stacks), np.int32)
+        before = self.lists[:, TAIL_PAGE].copy()
         try:
-            pool_tail[:tail_need] = self.arena.alloc(tail_bytes, tail_need)
-            left[0] = tail_need
-            pool_packed[:] = self.arena.alloc(packed_bytes, packed_need)
-            left[1] = packed_need
+            for place, (stack, size, need) in enumerate(zip(stacks, sizes, needs, strict=True)):
+                stack[:need] = self.arena.alloc(size, need)
+                left[place] = need
             coding = self.coding
             _C.append(
-                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, layout, k_bits,
-                v_bits, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
+                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, classes, index,
+                coding.layout, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
             )  # fmt: skip
-            self.table = table
+            self.table, self.aged = table, aged
         finally:
-            self.arena.free(tail_bytes, pool_tail[: left[0]])
-            self.arena.free(packed_bytes, pool_packed[: left[1]])
+            for stack, size, count in zip(stacks, sizes, left, strict=True):
+                self.arena.free(size, stack[:count])
+        if self.ranks is not None:
+            self.ranks.recent[flushes > 0] = 0
+            self.ranks.grow(table.shape[1])
+            for done in range(int(flushes.max(initial=0))):
+                rows = np.flatnonzero(flushes > done)
+                self.ranks.merge(rows, before[rows] + done)
+
+    def _check_finite(self, name: str, rows: Any, counts: np.ndarray[Any, Any] | None) -> None:
+        q = int(rows.shape[2])
+        for sequence, real in enumerate([q] * self.batch if counts is None else counts):
+            if not np.isfinite(to_float32(rows[sequence, :, q - real :])).all():
+                raise ValueError(f"append: {name}: expected finite values, got NaN or Inf in sequence {sequence}")
+
+    def _needs(self, added: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Pages (n,) that the lists take at most for ``added`` tokens each: 16-bit ones, packed ones."""
+        packs = (self.aged != 16).any(1)
+        states, back = np.unique(
+            np.stack([self.lists[:, TAIL_TOKENS], added, packs.astype(added.dtype)]), axis=1, return_inverse=True
+        )
+        needs = [_C.append_need(int(tail), int(new), self.window, bool(pack)) for tail, new, pack in states.T]
+        found = np.array(needs, np.int64).reshape(-1, 2)[back.reshape(-1)]
+        return found[:, 0], found[:, 1]
+
+    def _bytes_needed(self, added: np.ndarray[Any, Any], aged: np.ndarray[Any, Any]) -> int:
+        """Bytes that an append takes at most: new slabs, and a larger table."""
+        tails, flushes = self._needs(added)
+        layout = self.coding.layout
+        needs: list[int] = [_C.page_bytes(layout, 16, 16) * int(tails.sum())]
+        for k, v in np.unique(aged, axis=0):
+            members = (aged == (k, v)).all(1)
+            needs.append(_C.page_bytes(layout, int(k), int(v)) * int(flushes[members].sum()))
+        slabs = sum(-(-need // SLAB_BYTES) * SLAB_BYTES for need in needs)
+        capacity = int(self.lists[:, PAGES].max(initial=0)) + int((tails + flushes).max(initial=0)) + SPARE_ENTRIES
+        entry = PAGE.itemsize + (4 if self.ranks is not None and self.ranks.holds else 0)
+        return slabs + max(0, capacity - int(self.table.shape[1])) * len(self.lists) * entry
 
     def _group_and_new(self, op: str, name: str, rows: Any, most: int | None = None) -> tuple[int, int]:
         """Heads of ``rows`` (b, heads, q, d) for each of the layer's, and q; ValueError for rows that do not fit."""
@@ -162,7 +242,7 @@ class PackedLayer:
         wanted = int(self.lists[:, PAGES].max(initial=0)) + pages
         if wanted <= self.table.shape[1]:
             return self.table
-        table = np.zeros((len(self.lists), wanted + 8), np.uint64)
+        table = np.zeros((len(self.lists), wanted + SPARE_ENTRIES), np.uint64)
         table[:, : self.table.shape[1]] = self.table
         return table
 
@@ -180,17 +260,36 @@ class PackedLayer:
 
         ``mass``: (lists, tokens or more) float32, receives every token's attention probability in page order.
         """
-        layout = self.coding.layout
         group, q = self._group_and_new("attend", "queries", queries)
         counts = self._counts("attend", "new_tokens", new_tokens, q)
         out = empty_like(queries) if out is None else out
+        if self.rotation is not None:
+            turned = rotated(queries, self.rotation[0])
+            mixed = np.empty_like(turned)
+            self._attend(mixed, turned, group, q, counts, scale, softcap, mass)
+            _C.rotate(out, mixed, self._value_back, False)
+        else:
+            self._attend(out, queries, group, q, counts, scale, softcap, mass)
+        return out
+
+    def _attend(
+        self,
+        out: Any,
+        queries: Any,
+        group: int,
+        q: int,
+        counts: np.ndarray[Any, Any] | None,
+        scale: float,
+        softcap: float,
+        mass: Any,
+    ) -> None:
+        layout = self.coding.layout
         pages = int(self.lists[:, PAGES].max(initial=0))
         scratch = workspace(_C.attend_workspace(len(self.lists), pages, group, q, layout.head_dim))
         _C.attend(
             out, mass, queries, self.arena, self.table, self.lists, counts, scratch, layout, self.coding.rotation,
             scale, softcap, 0,
         )  # fmt: skip
-        return out
 
     def append_attend(
         self,
@@ -201,8 +300,12 @@ class PackedLayer:
         scale: float,
         softcap: float = 0.0,
         valid: np.ndarray[Any, Any] | None = None,
+        make_room: Callable[[int], None] | None = None,
     ) -> Any:
-        """Appends q new tokens and attends with their queries, 64 at a time; causal. Returns out, shaped as queries."""
+        """Appends q new tokens and attends with their queries, 64 at a time; causal. Returns out, shaped as queries.
+
+        With ranks, the attention of the steps before a list packs its next page is taken in.
+        """
         _, q = self._group_and_new("append", "queries", queries)
         if q != self._group_and_new("append", "keys", keys, most=1)[1]:
             raise ValueError(f"append: queries: expected those of {keys.shape[2]} new tokens, got {q}")
@@ -210,19 +313,30 @@ class PackedLayer:
         # What would be refused after the first append is refused before it.
         self.attend(queries[:, :, :0], scale=scale, softcap=softcap)
         if q <= CHUNK:
-            self.append(keys, values, counts)
-            return self.attend(queries, scale=scale, softcap=softcap, new_tokens=counts)
+            self.append(keys, values, counts, make_room)
+            return self._attend_observed(queries, scale, softcap, counts, empty_like(queries))
         for name, rows in (("keys", keys), ("values", values)):
-            for sequence, real in enumerate([q] * self.batch if counts is None else counts):
-                if not np.isfinite(to_float32(rows[sequence, :, q - real :])).all():
-                    raise ValueError(f"append: {name}: expected finite values, got NaN or Inf in sequence {sequence}")
+            self._check_finite(name, rows, counts)
         out = empty_like(queries)
         for start in range(0, q, CHUNK):
             chunk = slice(start, min(start + CHUNK, q))
             width = chunk.stop - start
             part = None if counts is None else np.clip(counts - (q - chunk.stop), 0, width)
-            self.append(keys[:, :, chunk], values[:, :, chunk], part)
-            self.attend(queries[:, :, chunk], scale=scale, softcap=softcap, new_tokens=part, out=out[:, :, chunk])
+            self.append(keys[:, :, chunk], values[:, :, chunk], part, make_room)
+            self._attend_observed(queries[:, :, chunk], scale, softcap, part, out[:, :, chunk])
+        return out
+
+    def _attend_observed(
+        self, queries: Any, scale: float, softcap: float, counts: np.ndarray[Any, Any] | None, out: Any
+    ) -> Any:
+        q = int(queries.shape[2])
+        ranks = self.ranks
+        if ranks is None or not ranks.due(self.lists, q, self.window):
+            return self.attend(queries, scale=scale, softcap=softcap, new_tokens=counts, out=out)
+        mass = np.empty((len(self.lists), int(self.tokens.max(initial=1))), np.float32)
+        self.attend(queries, scale=scale, softcap=softcap, new_tokens=counts, out=out, mass=mass)
+        new = np.full(self.batch, q, np.int32) if counts is None else counts
+        ranks.observe(mass, self.table, self.lists, int(queries.shape[1]) // self.heads, new, self.decay)
         return out
 
     # ---- whole lists
@@ -241,6 +355,9 @@ class PackedLayer:
             keys, values, self.arena, np.ascontiguousarray(entries).view(np.uint64), lists, start,
             np.arange(most, dtype=np.int32), self.coding.layout, self.coding.rotation,
         )  # fmt: skip
+        if self.rotation is not None:
+            k_turn, v_turn = self.rotation
+            keys, values = rotated(keys, k_turn, back=True), rotated(values, v_turn, back=True)
         return keys, values
 
     def select(self, sequences: np.ndarray[Any, Any]) -> None:
@@ -257,7 +374,7 @@ class PackedLayer:
         try:
             for row in copies:
                 entries = table[row, : lists[row, PAGES]].view(PAGE)
-                for size, members in self._by_size(entries):
+                for size, members in self.by_size(entries):
                     new = self.arena.alloc(size, len(members))
                     copied.append((size, new))
                     self.arena.copy(size, np.ascontiguousarray(entries["unit"][members]), new)
@@ -268,29 +385,58 @@ class PackedLayer:
             raise
         self._free(np.setdiff1d(np.arange(len(self.lists)), chosen))
         self.table, self.lists = np.ascontiguousarray(table), np.ascontiguousarray(lists)
+        self.aged = np.ascontiguousarray(self.aged[chosen])
+        if self.ranks is not None:
+            self.ranks.select(chosen)
 
     def release(self) -> None:
         """Gives every page back."""
         self._free(np.arange(len(self.lists)))
-        self.table, self.lists = self.table[:0], self.lists[:0]
+        self.table, self.lists, self.aged = self.table[:0], self.lists[:0], self.aged[:0]
+        if self.ranks is not None:
+            self.ranks.select(np.arange(0))
 
-    def _by_size(self, entries: np.ndarray[Any, Any]) -> list[tuple[int, np.ndarray[Any, Any]]]:
+    def by_size(self, entries: np.ndarray[Any, Any]) -> list[tuple[int, np.ndarray[Any, Any]]]:
+        """Page bytes, and the entries that have them."""
         classes, members = np.unique(_classes(entries), return_inverse=True)
         sizes = np.array([_C.page_bytes(self.coding.layout, *divmod(int(c), 32)) for c in classes], np.int64)[members]
         return [(int(size), np.flatnonzero(sizes == size)) for size in np.unique(sizes)]
 
     def _free(self, rows: np.ndarray[Any, Any]) -> None:
         for row in rows:
-            entries = self.table[row, : self.lists[row, PAGES]].view(PAGE)
-            for size, members in self._by_size(entries):
-                self.arena.free(size, np.ascontiguousarray(entries["unit"][members]))
+            self.free_pages(self.table[row, : self.lists[row, PAGES]].view(PAGE))
+
+    def free_pages(self, entries: np.ndarray[Any, Any]) -> None:
+        """Gives the memory of pages back; the table is the caller's to change."""
+        for size, members in self.by_size(entries):
+            self.arena.free(size, np.ascontiguousarray(entries["unit"][members]))
+
+    def remove(self, gone: np.ndarray[Any, Any]) -> None:
+        """Takes the entries under ``gone`` (lists, capacity) bool, none of them in a tail, out of the table."""
+        order = np.argsort(gone, 1, kind="stable")  # what stays, as it was; then what goes
+        self.table = np.take_along_axis(np.where(gone, np.uint64(0), self.table), order, 1)
+        if self.ranks is not None and self.ranks.holds:
+            self.ranks.worth = np.take_along_axis(np.where(gone, np.float32(0), self.ranks.worth), order, 1)
+        for column in (PAGES, TAIL_PAGE):
+            self.lists[:, column] -= gone.sum(1).astype(np.int32)
+        used = np.arange(self.table.shape[1]) < self.lists[:, PAGES, None]
+        self.lists[:, TOKENS] = (np.ascontiguousarray(self.table).view(PAGE)["tokens"] * used).sum(1)
+
+    def trim(self) -> None:
+        """Gives back what the table has room for beyond a few spare entries."""
+        wanted = int(self.lists[:, PAGES].max(initial=0)) + SPARE_ENTRIES
+        if wanted < self.table.shape[1]:
+            self.table = np.ascontiguousarray(self.table[:, :wanted])
+            if self.ranks is not None and self.ranks.holds:
+                self.ranks.worth = np.ascontiguousarray(self.ranks.worth[:, :wanted])
 
     # ---- bytes
 
     @property
     def table_bytes(self) -> int:
-        """Page table and list states."""
-        return int(self.table.nbytes + self.lists.nbytes)
+        """Page table, list states, and what decoding keeps for each list."""
+        ranks = 0 if self.ranks is None else self.ranks.nbytes
+        return int(self.table.nbytes + self.lists.nbytes + self.aged.nbytes) + ranks
 
     def page_ledger(self) -> dict[str, int]:
         """Bytes of live pages by use: codes and scales of valid tokens, the 16-bit tail's tokens as window."""
@@ -301,7 +447,7 @@ class PackedLayer:
         codes = entries["tokens"].astype(np.int64) * layout.head_dim * (
             entries["k_bits"].astype(np.int64) + entries["v_bits"]
         ) // 8  # fmt: skip
-        per_token = layout.head_dim // layout.group * (4 if layout.zero_point else 2)
+        per_token = _C.scale_bytes(layout, 2, 16) // _C.page_tokens(2, 16)
         halves = (entries["k_bits"] < 16).astype(np.int64) + (entries["v_bits"] < 16)
         scales = entries["tokens"].astype(np.int64) * per_token * halves
         return {"codes": int(codes[~in_tail].sum()), "scales": int(scales.sum()), "window": int(codes[in_tail].sum())}

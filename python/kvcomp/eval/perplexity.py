@@ -64,18 +64,35 @@ def continuation(
     last, seconds = prefill(model, cache, context[None])
     if after_prefill is not None:
         after_prefill()
-    logits = [last]
     steps: list[float] = []
+    logits = follow(model, cache, last, following, single=single, chunk=chunk, steps=steps)
+    return Continuation(logits, seconds, steps)
+
+
+@torch.inference_mode()
+def follow(
+    model: Any,
+    cache: Any,
+    last: torch.Tensor,
+    following: torch.Tensor,
+    *,
+    single: int = 0,
+    chunk: int = CHUNK,
+    steps: list[float] | None = None,
+) -> torch.Tensor:
+    """The same on a cache that holds the context: last (1, vocabulary) behind it -> logits (n, vocabulary) before each
+    token of following (n,). ``steps`` receives the seconds of each token fed alone."""
+    logits = [last]
     fed = following[:-1]  # nothing is asked behind the last token
     single = min(single, len(fed))
     pieces = [*torch.split(fed[:single], 1), *torch.split(fed[single:], chunk)]
-    for piece in filter(len, pieces):
+    for number, piece in enumerate(filter(len, pieces)):
         start = time.perf_counter()
         out = model(input_ids=piece[None], past_key_values=cache, use_cache=True)
-        if len(steps) < single:
+        if steps is not None and number < single:
             steps.append(time.perf_counter() - start)
         logits.append(out.logits[0].float())
-    return Continuation(torch.cat(logits), seconds, steps)
+    return torch.cat(logits)
 
 
 def token_losses(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import Policy
 from ..hf import Cache
 from ..layer_input import LayerInput
-from ..prompt import Packed
+from ..packed import Packed
 from ..store import PackedLayer
 from .perplexity import prefill
 from .tasks import Task
@@ -37,11 +37,17 @@ class Method:
     policy: Policy | None = None
 
     @contextlib.contextmanager
-    def cache(self, model: Any) -> Iterator[Any]:
-        """A fresh cache; the model's attention is afterwards what it was."""
+    def cache(self, model: Any, prompt: Sequence[LayerInput] | None = None) -> Iterator[Any]:
+        """A fresh cache, or a packed one of a prompt that was read before; the model's attention is afterwards what it
+        was."""
         before = model.config._attn_implementation
         try:
-            yield DynamicCache(config=model.config) if self.policy is None else Cache(model.config, self.policy)
+            if self.policy is None:
+                yield DynamicCache(config=model.config)
+            elif prompt is None:
+                yield Cache(model.config, self.policy)
+            else:
+                yield Cache.of_prompt(model.config, self.policy, prompt)
         finally:
             model.config._attn_implementation = before
 
@@ -76,16 +82,31 @@ class Answers:
 def answer(model: Any, tokenizer: Any, cache: Any, task: Task) -> Answers:
     """Greedy answers. ``aware``: context and question are read together. ``agnostic``: the context is read (and
     compressed) alone, then every question is asked on a copy of what the cache then holds."""
-    aware = task.mode == "aware"
-    text = task.context + (task.questions[0].prompt if aware else "")
-    tokens = _tokens(tokenizer, text)
+    tokens = prompt_of(tokenizer, task)
     logits, seconds = prefill(model, cache, tokens[None])
     nbytes = allocated_bytes(cache)
-    count = len(task.questions)
-    read = len(tokens)
-    mask = torch.ones(count, read, dtype=torch.int64)
     steps: list[float] = []
-    if not aware:
+    texts = ask(model, tokenizer, cache, task, logits, steps)
+    return Answers(texts, nbytes, len(tokens), seconds, steps)
+
+
+def prompt_of(tokenizer: Any, task: Task) -> torch.Tensor:
+    """The tokens (s,) int64 that are read, and compressed, before a task's answers."""
+    return _tokens(tokenizer, task.context + (task.questions[0].prompt if task.mode == "aware" else ""))
+
+
+@torch.inference_mode()
+def ask(
+    model: Any, tokenizer: Any, cache: Any, task: Task, logits: torch.Tensor, steps: list[float] | None = None
+) -> list[str]:
+    """Greedy answers to a task's questions, on a cache that holds ``prompt_of`` it; logits (1, vocabulary) behind that.
+
+    ``steps`` receives the seconds of each decode step.
+    """
+    steps = [] if steps is None else steps
+    count = len(task.questions)
+    mask = torch.ones(count, cache.get_seq_length(), dtype=torch.int64)
+    if task.mode != "aware":
         if count > 1:
             cache.batch_repeat_interleave(count)
         prompts = [_tokens(tokenizer, question.prompt, begins=False) for question in task.questions]
@@ -107,8 +128,7 @@ def answer(model: Any, tokenizer: Any, cache: Any, task: Task) -> Answers:
         chosen = _feed(model, cache, chosen[:, None], mask, steps).argmax(-1)
         written.append(chosen)
         done |= torch.tensor([int(token) in ends for token in chosen])
-    texts = tokenizer.batch_decode(torch.stack(written, dim=1), skip_special_tokens=True)
-    return Answers([str(text) for text in texts], nbytes, read, seconds, steps)
+    return [str(text) for text in tokenizer.batch_decode(torch.stack(written, dim=1), skip_special_tokens=True)]
 
 
 def _tokens(tokenizer: Any, text: str, *, begins: bool = True) -> torch.Tensor:
@@ -158,6 +178,42 @@ def probe(model: Any) -> Iterator[list[Asked]]:
         yield found
     finally:
         model.config._attn_implementation = before
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt as the plain model read it.
+
+    Attributes:
+        logits: (1, vocabulary) float32, behind its last token.
+        layers: exact K and V, and all of the prompt's queries.
+    """
+
+    logits: torch.Tensor
+    layers: list[LayerInput]
+
+    def layers_for(self, policy: Policy) -> list[LayerInput]:
+        """What a packed cache under ``policy`` would have seen: no more of the queries than it measures with."""
+        window = policy.scoring_window
+        return [replace(layer, queries=layer.queries[:, :, -window:] if window else None) for layer in self.layers]
+
+
+def read(model: Any, cache: Any, tokens: torch.Tensor) -> Read:
+    """Read tokens (1, s) int64 into an empty plain cache."""
+    with probe(model) as seen:
+        logits, _ = prefill(model, cache, tokens)
+    layers = [
+        LayerInput(layer.keys, layer.values, queries=asked.queries, scale=asked.scale)
+        for layer, asked in zip(cache.layers, seen, strict=True)
+    ]
+    return Read(logits, layers)
+
+
+def asked_next(model: Any, cache: Any, tokens: torch.Tensor) -> list[Asked]:
+    """What tokens (q,) int64 ask of each layer, behind what a plain cache holds; they are added to it."""
+    with probe(model) as seen:
+        prefill(model, cache, tokens[None])
+    return list(seen)
 
 
 @dataclass
@@ -240,37 +296,57 @@ def stored_rows(packed: Packed, index: int, like: LayerInput) -> tuple[torch.Ten
     return found[0], found[1], kept.view(b, h, s)
 
 
+# Errors of the attention output: in all; that of dropping tokens, the kept ones being exact; that of quantizing those.
+_PARTS = ("", "_of_dropping", "_of_quantizing")
+
+
 @torch.inference_mode()
 def cache_errors(packed: Packed, layers: Sequence[LayerInput], asked: Sequence[Asked]) -> dict[str, Any]:
     """Errors of a packed prompt (no padding) against its exact K and V: the fields of ``ErrorSums.summary``, and the
-    relative error (L2) of the attention output to the queries ``asked`` of each layer, overall and per layer."""
+    relative error (L2) of the attention output to the queries ``asked`` of each layer, overall and per layer.
+
+    ``attention_output_error_of_dropping`` is what is left of it where the kept tokens are exact, ``..._of_quantizing``
+    the distance from there to the packed layer's output.
+    """
     sums = ErrorSums()
     squares, norms = [], []
     for index, layer in enumerate(layers):
-        sums.add(error_sums(layer.keys, layer.values, *stored_rows(packed, index, layer)))
-        square, norm = attention_error(packed.layers[index], asked[index], layer.keys, layer.values)
-        squares.append(square)
+        stored_keys, stored_values, kept = stored_rows(packed, index, layer)
+        sums.add(error_sums(layer.keys, layer.values, stored_keys, stored_values, kept))
+        parts, norm = attention_errors(packed.layers[index], asked[index], layer.keys, layer.values, kept)
+        squares.append(parts)
         norms.append(norm)
+    whole = {
+        f"attention_output_error{name}": math.sqrt(sum(part) / sum(norms))
+        for name, part in zip(_PARTS, zip(*squares, strict=True), strict=True)
+    }
     return {
         **sums.summary(),
-        "attention_output_error": math.sqrt(sum(squares) / sum(norms)),
-        "attention_output_error_per_layer": [math.sqrt(s / n) for s, n in zip(squares, norms, strict=True)],
+        **whole,
+        "attention_output_error_per_layer": [math.sqrt(s[0] / n) for s, n in zip(squares, norms, strict=True)],
     }
 
 
-def attention_error(layer: PackedLayer, asked: Asked, keys: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
-    """Squared error and squared norm of attention over a packed layer, against exact attention in fp32.
+def attention_errors(
+    layer: PackedLayer, asked: Asked, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
+) -> tuple[tuple[float, float, float], float]:
+    """Squared errors of attention over a packed layer (in all, of dropping, of quantizing), and the squared norm of
+    exact attention in fp32.
 
-    Every query sees all of keys, values (b,h,s,d).
+    Every query sees all of keys, values (b,h,s,d), of which the layer holds those that are kept (b,h,s).
     """
     queries = asked.queries.float()
     group = queries.shape[1] // keys.shape[1]
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        queries,
-        keys.float().repeat_interleave(group, dim=1),
-        values.float().repeat_interleave(group, dim=1),
-        scale=asked.scale,
-    )
+    k, v, mask = (part.repeat_interleave(group, dim=1) for part in (keys.float(), values.float(), kept))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    exact = attend(queries, k, v, scale=asked.scale)
+    # A head that keeps nothing puts out zeros.
+    some = mask.any(-1)[..., None, None]
+    on_kept = attend(queries, k, v, attn_mask=mask[:, :, None] | ~some, scale=asked.scale) * some
     # One query at a time: several at once would be taken for new tokens, of which the first do not see the last.
     rows = [layer.attend(query.contiguous(), scale=asked.scale) for query in torch.split(queries, 1, dim=2)]
-    return float((torch.cat(rows, dim=2) - exact).square().sum()), float(exact.square().sum())
+    out = torch.cat(rows, dim=2)
+    total, dropping, quantizing = (
+        float((x - y).square().sum()) for x, y in ((out, exact), (on_kept, exact), (out, on_kept))
+    )
+    return (total, dropping, quantizing), float(exact.square().sum())

@@ -6,7 +6,7 @@ What each key means, key by key:
 ``model_name``                          the model the figures were chosen for; named in reports
 ``model_layers``                        its depth: ``layer_index`` counts its layers and is scaled to the depth at hand
 ``max_sequence_length``                 its context: ``window_size`` and ``min_tokens`` scale with prompt / this
-``selector.strategy``                   full | streaming | snap | pyramid | hybrid
+``selector.strategy``                   full | streaming | snap | pyramid | hybrid | ada | h2o
 ``selector.importance``                 ``attention`` (default), or ``key_norm`` for stored caches without attention
 ``selector.global_retain_ratio``        most tokens kept: of every layer that ``layer_budgets`` does not cover
 ``selector.layer_budgets``              most tokens kept at the listed layers, interpolated between first and last;
@@ -36,9 +36,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..policy import BITS, Full, Hybrid, LayerRatio, Policy, Selector, Streaming
+from ..policy import BITS, Policy
+from ..selectors import H2O, AdaKV, Full, Hybrid, LayerRatio, Selector, Streaming
 
-Strategy = Literal["full", "streaming", "snap", "pyramid", "hybrid"]
+Strategy = Literal["full", "streaming", "snap", "pyramid", "hybrid", "ada", "h2o"]
 Bits = Literal[2, 3, 4, 8, 16]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 METRICS = frozenset(
@@ -77,6 +78,8 @@ class SelectorConfig(_Model):
         unused = {
             "full": ("global_retain_ratio", "min_tokens", "layer_budgets", "clustering_k"),
             "streaming": ("layer_budgets", "clustering_k", "importance", "attention_temperature"),
+            "ada": ("layer_budgets",),
+            "h2o": ("layer_budgets",),
         }.get(self.strategy, ())
         for name in unused:
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].get_default():
@@ -273,10 +276,15 @@ def layer_ratios(config: ExperimentConfig) -> tuple[LayerRatio, ...]:
 def _selector(config: ExperimentConfig, prompt_tokens: int) -> Selector:
     selector = config.selector
     least = scaled(selector.min_tokens, config, prompt_tokens)
+    keep = min(1.0, max(selector.global_retain_ratio, least / prompt_tokens))
     if selector.strategy == "full":
         return Full()
     if selector.strategy == "streaming":
-        return Streaming(keep=min(1.0, max(selector.global_retain_ratio, least / prompt_tokens)))
+        return Streaming(keep=keep)
+    if selector.strategy == "ada":
+        return AdaKV(pool=pool_width(config), keep=keep)
+    if selector.strategy == "h2o":
+        return H2O(pool=pool_width(config), keep=keep)
     return Hybrid(
         pool=pool_width(config),
         keep=selector.global_retain_ratio,

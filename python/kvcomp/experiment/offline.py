@@ -13,7 +13,8 @@ import torch
 from .. import results
 from ..eval.quality import ErrorSums, error_sums, stored_rows
 from ..layer_input import LayerInput
-from ..prompt import Packed, compress_prompt
+from ..packed import Packed
+from ..prompt import compress_prompt
 from .config import ExperimentConfig, to_policy
 from .keys import configured_and_effective
 from .runner import limits, refuse_metrics
@@ -88,7 +89,8 @@ def _telling(cache: StoredCache, tell: Callable[[str], None]) -> StoredCache:
 
 
 def _check_origin(config: ExperimentConfig, cache: StoredCache) -> None:
-    if cache.model_name is not None and cache.model_name != config.model_name:
+    # Organizations are left out by some who name models: the last component decides.
+    if cache.model_name is not None and Path(cache.model_name).name != Path(config.model_name).name:
         raise ValueError(
             f"run: --cache-path: expected a cache of {config.model_name}, the experiment's model_name, "
             f"got one of {cache.model_name}"

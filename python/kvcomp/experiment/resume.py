@@ -54,6 +54,9 @@ class Units:
                 results.write(self.path, {"schema": SCHEMA, "key": self._key, "units": self._done})
         return self._done[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._done
+
     def __len__(self) -> int:
         return len(self._done)
 

@@ -136,17 +136,17 @@ def _cells(
     cells = [_text_cell(method, case, [part[method.name] for name, part in done.items() if name.startswith("text/")])]
     for family in workload.families:
         for mode in ("aware", "agnostic"):
-            parts = _task_parts(done, method.name, mode, family)
+            parts = task_parts(done, method.name, mode, family)
             if parts:
                 cells.append(_task_cell(method, {**case, "task": family, "mode": mode}, parts))
     return cells
 
 
-def _impl(method: Method) -> str:
+def impl(method: Method) -> str:
     return "transformers DynamicCache" if method.policy is None else "kvcomp"
 
 
-def _budget_error(method: Method, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def budget_error(method: Method, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The largest share of its byte budget that a cache took: at most 1."""
     worst = max(part["nbytes"] / (part["bf16_bytes"] / method.target_ratio) for part in parts)
     # A model of 32-bit floats keeps twice the bf16 bytes without compression.
@@ -154,12 +154,12 @@ def _budget_error(method: Method, parts: Sequence[Mapping[str, Any]]) -> dict[st
     return {"metric": "allocated bytes / byte budget", "value": worst, "bound": bound}
 
 
-def _bytes(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def mean_bytes(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     nbytes, whole = fmean([part["nbytes"] for part in parts]), fmean([part["bf16_bytes"] for part in parts])
     return {"nbytes": nbytes, "bf16_bytes": whole, "ratio": whole / nbytes}
 
 
-def _task_parts(done: Mapping[str, Any], method: str, mode: str, family: str | None = None) -> list[dict[str, Any]]:
+def task_parts(done: Mapping[str, Any], method: str, mode: str, family: str | None = None) -> list[dict[str, Any]]:
     found = []
     for name, part in done.items():
         kind, *rest = name.split("/")
@@ -172,26 +172,26 @@ def _task_cell(method: Method, case: dict[str, Any], parts: Sequence[Mapping[str
     scores = [score for part in parts for score in part["scores"]]
     prefill = [part["prefill_ms"] for part in parts]
     return results.cell(
-        _impl(method),
+        impl(method),
         case,
-        error=_budget_error(method, parts),
-        **_accuracy(scores),
+        error=budget_error(method, parts),
+        **accuracy_of(scores),
         contexts=len(parts),
         scores=scores,
-        **_bytes(parts),
+        **mean_bytes(parts),
         ttft_ms=median(prefill),
         ttft_samples_ms=prefill,
     )
 
 
-def _accuracy(scores: Sequence[float]) -> dict[str, Any]:
+def accuracy_of(scores: Sequence[float]) -> dict[str, Any]:
     return {"accuracy": fmean(scores), "n": len(scores), "ci95": list(results.wilson(fmean(scores), len(scores)))}
 
 
 def _pooled(done: Mapping[str, Any], method: str, mode: str) -> dict[str, Any] | None:
     """Accuracy over all questions of a mode."""
-    scores = [score for part in _task_parts(done, method, mode) for score in part["scores"]]
-    return _accuracy(scores) if scores else None
+    scores = [score for part in task_parts(done, method, mode) for score in part["scores"]]
+    return accuracy_of(scores) if scores else None
 
 
 def _text_cell(method: Method, case: dict[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _text_cell(method: Method, case: dict[str, Any], parts: Sequence[Mapping[str
         "kl": fmean(divergences),
         "top1_agreement": fmean(agreements),
         "n": len(losses),
-        **_bytes(parts),
+        **mean_bytes(parts),
         "ttft_ms": median(prefill),
         "ttft_samples_ms": prefill,
         "tpot_ms": median(token) if token else None,
@@ -218,9 +218,9 @@ def _text_cell(method: Method, case: dict[str, Any], parts: Sequence[Mapping[str
         # Everything allocated, per element of a kept token.
         values["bits_per_element"] = 8 * sum(part["nbytes"] for part in parts) / elements
     return results.cell(
-        _impl(method),
+        impl(method),
         {**case, "task": "held_out", "mode": "continuation"},
-        error=_budget_error(method, parts),
+        error=budget_error(method, parts),
         **values,
     )
 
@@ -273,20 +273,22 @@ def limits(
     }
 
 
-def accuracy_drop(done: Mapping[str, Any], method: str, *, seed: int) -> dict[str, Any] | None:
-    """Accuracy of the uncompressed cache less the method's, over all questions of both modes, each asked of both.
+def accuracy_drop(
+    done: Mapping[str, Any], method: str, *, seed: int, base: str = BASELINE.name
+) -> dict[str, Any] | None:
+    """Accuracy of the uncompressed cache (or of ``base``) less the method's, over all questions, each asked of both.
 
     With a 95 % bootstrap interval over contexts, as the questions of one are not independent. None without questions.
     """
     pairs = [
         (part["scores"], done[name.rsplit("/", 1)[0] + "/" + method]["scores"])
         for name, part in done.items()
-        if name.startswith("task/") and name.endswith("/" + BASELINE.name)
+        if name.startswith("task/") and name.endswith("/" + base)
     ]
     if not pairs:
         return None
-    differences = np.array([sum(base) - sum(other) for base, other in pairs])
-    counts = np.array([len(base) for base, _ in pairs])
+    differences = np.array([sum(first) - sum(other) for first, other in pairs])
+    counts = np.array([len(first) for first, _ in pairs])
     chosen = np.random.default_rng(seed).integers(0, len(pairs), (_BOOTSTRAPS, len(pairs)))
     drops = differences[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(drops, [0.025, 0.975]).tolist()

@@ -9,7 +9,10 @@ import re
 from pathlib import Path
 
 from .. import results
-from .report import ROWS, markdown
+from . import policies_report, report
+from .report import markdown
+
+_POLICIES = Path("experiments/results/policies.json")
 
 # Name of a table -> the results file it is made from, that file's kind, and the rows it shows.
 SOURCES = {
@@ -17,7 +20,9 @@ SOURCES = {
     "quality_fresh": (Path("experiments/results/tiny_quality_seed1000.json"), "quality", "quality"),
     "tasks": (Path("experiments/results/tiny_quality.json"), "quality", "tasks"),
     "attend": (Path("experiments/results/cpu/attend.json"), "attend", "attend"),
+    **{name: (_POLICIES, "quality", name) for name in policies_report.ROWS},
 }
+ROWS = {**report.ROWS, **policies_report.ROWS}
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 

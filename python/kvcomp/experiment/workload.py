@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from ..eval import perplexity, quality, tasks
 from ..eval.quality import Method
 from ..hf import Cache
-from ..layer_input import LayerInput
-from ..prompt import Report, compress_prompt
+from ..packed import Report
+from ..prompt import compress_prompt
 from .resume import Units
 
 # Queries of a continuation by which the error of the attention output is measured.
@@ -72,7 +72,7 @@ def load(model_path: Path, text_path: Path) -> Subject:
     except (OSError, UnicodeDecodeError) as reason:
         raise ValueError(f"--text: expected a file of ASCII text, got {text_path} ({reason})") from None
     try:
-        with _no_bars():
+        with no_bars():
             tokenizer = AutoTokenizer.from_pretrained(model_path)
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
     except Exception as reason:
@@ -83,7 +83,7 @@ def load(model_path: Path, text_path: Path) -> Subject:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """transformers draws a bar for loading weights, even where nobody looks at a terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -100,10 +100,10 @@ def check(subject: Subject, workload: Workload) -> None:
     if workload.length > most:
         raise ValueError(f"--length: expected at most {most}, the model's positions, got {workload.length}")
     list(workload.tasks())
-    _windows(subject, workload)
+    windows(subject, workload)
 
 
-def _windows(subject: Subject, workload: Workload) -> tuple[tasks.Window, ...]:
+def windows(subject: Subject, workload: Workload) -> tuple[tasks.Window, ...]:
     return tasks.held_out(subject.text, length=workload.length, count=workload.windows, scored=workload.scored)
 
 
@@ -111,7 +111,7 @@ def units(subject: Subject, workload: Workload, methods: Sequence[Method]) -> di
     """Unit name -> what to do for it; each gives JSON values. Text comes first: it says at once whether a budget can be
     met."""
     found: dict[str, Callable[[], Any]] = {}
-    for index, window in enumerate(_windows(subject, workload)):
+    for index, window in enumerate(windows(subject, workload)):
         found[f"text/{index}"] = functools.partial(_text, subject, workload, methods, window)
     for task in workload.tasks():
         for method in methods:
@@ -155,15 +155,21 @@ def _task(subject: Subject, method: Method, task: tasks.Task) -> dict[str, Any]:
     }
 
 
+def window_tokens(tokenizer: Any, window: tasks.Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context (s,) and continuation (n,) int64."""
+    context, following = (
+        torch.tensor(tokenizer(text, add_special_tokens=first)["input_ids"], dtype=torch.int64)
+        for text, first in ((window.context, True), (window.continuation, False))
+    )
+    return context, following
+
+
 def _text(
     subject: Subject, workload: Workload, methods: Sequence[Method], window: tasks.Window
 ) -> dict[str, dict[str, Any]]:
     """Every method on one window of text, the first being the one that the others are compared with."""
     model, tokenizer = subject.model, subject.tokenizer
-    context, following = (
-        torch.tensor(tokenizer(text, add_special_tokens=first)["input_ids"], dtype=torch.int64)
-        for text, first in ((window.context, True), (window.continuation, False))
-    )
+    context, following = window_tokens(tokenizer, window)
     found: dict[str, dict[str, Any]] = {}
     reference: torch.Tensor | None = None
     for method in methods:
@@ -204,19 +210,11 @@ def _add_errors(
     if not packed:
         return
     model = subject.model
-    with methods[0].cache(model) as cache, quality.probe(model) as seen:
-        perplexity.prefill(model, cache, context[None])
-        exact = [(layer.keys, layer.values) for layer in cache.layers]
-        prompt = list(seen)
-        seen.clear()
-        perplexity.prefill(model, cache, following[None, :PROBES])
-        asked = list(seen)
+    with methods[0].cache(model) as cache:
+        exact = quality.read(model, cache, context[None])
+        asked = quality.asked_next(model, cache, following[:PROBES])
     for method in packed:
         assert method.policy is not None
-        window = method.policy.scoring_window
-        layers = [
-            LayerInput(keys, values, queries=last.queries[:, :, -window:] if window else None, scale=last.scale)
-            for (keys, values), last in zip(exact, prompt, strict=True)
-        ]
+        layers = exact.layers_for(method.policy)
         compressed = compress_prompt(layers, method.policy, positions=True)
         found[method.name]["errors"] = quality.cache_errors(compressed, layers, asked)

@@ -1,14 +1,18 @@
 """kvcomp.Cache: a transformers Cache whose layers are packed at the end of the first pass over a prompt, under one byte
 budget for all of them, and are attended over as they are from then on."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
+from ..layer_input import LayerInput
+from ..packed import Report
 from ..policy import Policy
-from ..prompt import Report
+from ..saved import load, model_facts, save
 from ..store import LEDGER
 from .attention import NAME, forget, hand_on, register, set_implementation
 from .state import State
@@ -150,6 +154,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         register()
         set_implementation(decoder)
 
+    @classmethod
+    def of_prompt(cls, config: Any, policy: Policy, prompt: Sequence[LayerInput]) -> "Cache":
+        """A cache as it is after a first pass over a prompt without padding, whose layers are at hand: K and V, and
+        the queries that the policy measures importance with (all of the prompt's, for H2O)."""
+        cache = cls(config, policy)
+        cache._state.prime(prompt)
+        for layer in cache.layers:
+            layer.is_initialized = True
+        return cache
+
     @property
     def nbytes(self) -> int:
         """Everything the cache holds, preallocated or not; 0 before the first prompt."""
@@ -168,6 +182,29 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def report(self) -> Report | None:
         """The plan's report (kvcomp.compress); None before the first prompt."""
         return self._state.packed.report if self._state.packed else None
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything the cache holds, and its policy, to a safetensors file (kvcomp.saved), whole or not at all.
+
+        RuntimeError for an unused cache, and inside of a forward pass; OSError where the file cannot be written."""
+        save(Path(path), self._state.saved(), model_facts(self._state.config, self._state.layers))
+
+    @classmethod
+    def load(cls, path: str | Path, config: Any) -> "Cache":
+        """The cache that `save` wrote, for the model of `config`: from here on it gives what the saved one would give.
+
+        The file names the model by the facts that decide what K and V look like, and says nothing about its weights:
+        those must be the same, and it is for you to know. ValueError, in one sentence, for a damaged, foreign or
+        truncated file, another model's, or another page format's; OSError where it cannot be read. The cache's bytes
+        are at most the saved one's: what had been freed inside of slabs and tables is not written. With
+        decode="hold" it may therefore evict later."""
+        decoder = decoder_config(config)
+        saved = load(Path(path), model_facts(decoder, count_layers(decoder)))
+        cache = cls(config, saved.packed.policy)
+        cache._state.restore(saved)
+        for layer in cache.layers:
+            layer.is_initialized = True
+        return cache
 
     def activate_past_recording(self) -> None:
         """Assisted generation asks for this, to take tokens back: refused."""

@@ -27,14 +27,12 @@ def _take(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def left_padding(real: torch.Tensor) -> torch.Tensor:
-    """real (b,s) bool of a prompt -> (b,) int32, the first real position of every sequence.
+    """real (b,s) bool of a prompt -> (b,) int32, the first real position of every sequence; s: all of it is padding.
 
-    ValueError where a sequence has padding behind a real token, or no real token."""
+    ValueError where a sequence has padding behind a real token."""
     for sequence, row in enumerate(real):
         tokens = int(row.sum())
-        if tokens == 0:
-            raise ValueError(f"Cache: attention_mask: expected a real token in every sequence, got none in {sequence}")
-        if not bool(row[-tokens:].all()):
+        if not bool(row[len(row) - tokens :].all()):
             kind = "holes" if bool(row[-1]) else "padding on the right"
             raise ValueError(f"Cache: attention_mask: expected padding on the left, got {kind} in sequence {sequence}")
     return (real.shape[1] - real.sum(dim=1)).to(torch.int32)
@@ -60,13 +58,13 @@ class Padding:
     """Which positions seen so far were padding, as runs: lengths, alternately of padding and of real tokens."""
 
     def __init__(self) -> None:
-        self._runs: list[list[int]] = []
+        self.runs: list[list[int]] = []
 
     def extend(self, real: torch.Tensor | None, batch: int, count: int) -> None:
         """Adds `count` positions: real (b,count) bool, None where none of them is padding."""
-        if not self._runs:
-            self._runs = [[0, 0] for _ in range(batch)]
-        for sequence, runs in enumerate(self._runs):
+        if not self.runs:
+            self.runs = [[0, 0] for _ in range(batch)]
+        for sequence, runs in enumerate(self.runs):
             if real is None:
                 runs[-1] += count
                 continue
@@ -82,11 +80,11 @@ class Padding:
 
     def real(self) -> torch.Tensor:
         """(b, positions seen) bool."""
-        kinds = [torch.arange(len(runs)) % 2 == 1 for runs in self._runs]
+        kinds = [torch.arange(len(runs)) % 2 == 1 for runs in self.runs]
         return torch.stack(
-            [kind.repeat_interleave(torch.tensor(runs)) for kind, runs in zip(kinds, self._runs, strict=True)]
+            [kind.repeat_interleave(torch.tensor(runs)) for kind, runs in zip(kinds, self.runs, strict=True)]
         )
 
     def select(self, indices: list[int]) -> None:
         """The batch becomes its sequences `indices`, in that order."""
-        self._runs = [list(self._runs[index]) for index in indices]
+        self.runs = [list(self.runs[index]) for index in indices]

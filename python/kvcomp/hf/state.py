@@ -1,15 +1,19 @@
 """What the layers of one packed cache share: the prompt until it is compressed, the packed layers, the padding."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import BudgetWarning
+from ..hold import make_room
 from ..layer_input import LayerInput
+from ..packed import Packed, ratio_text
 from ..policy import Policy
-from ..prompt import Packed, compress_prompt, ratio_text
+from ..prompt import Compressor
+from ..saved import Saved
 from .padding import Padding, Rows, left_padding, new_rows
 
 
@@ -33,7 +37,7 @@ class State:
         self.packed: Packed | None = None
         self.ratio: float | None = None
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K, V between update and attention
-        self._prompt: list[LayerInput] = []
+        self._compressor: Compressor | None = None  # while the first pass runs
         self._first: np.ndarray[Any, Any] | None = None  # first real token of every sequence
         self._padding = Padding()
         self._rows = Rows()
@@ -43,7 +47,7 @@ class State:
         pass after the other."""
         count = keys.shape[2]
         ahead = self.seen[0] if index else self.seen[0] + count
-        if (index == 0 and (len(set(self.seen)) > 1 or self._prompt)) or self.seen[index] + count != ahead:
+        if (index == 0 and (len(set(self.seen)) > 1 or self._compressor)) or self.seen[index] + count != ahead:
             raise RuntimeError(
                 f"Cache: layer {index}: expected every layer once in every forward pass, got an earlier pass that did "
                 f"not finish; reset() empties the cache"
@@ -67,8 +71,8 @@ class State:
             )
 
     def first(self, index: int, queries: torch.Tensor, real: torch.Tensor | None, scale: float, softcap: float) -> None:
-        """Layer `index` has attended over the prompt with queries (b,hq,s,d): K, V and the last queries are kept, and
-        after the last layer all of them are compressed together.
+        """Layer `index` has attended over the prompt with queries (b,hq,s,d): the layer is measured, and compressed at
+        once or together with all others after the last one, as the policy says.
 
         real (b,s) bool: left padding. ValueError for padding anywhere else."""
         assert self._new is not None
@@ -77,12 +81,15 @@ class State:
         if index == 0:
             self._check_mask(real, batch)
             self._first = None if real is None or bool(real.all()) else left_padding(real).numpy()
+            self._compressor = Compressor(self.policy, self.layers, least_if_over=True)
+        assert self._compressor is not None
         window = self.policy.scoring_window
-        self._prompt.append(
+        whole = self.policy.prefill == "joint"  # kept until the last layer has run
+        self._compressor.add(
             LayerInput(
-                keys=_own(keys),
-                values=_own(values),
-                queries=_own(queries[:, :, -window:]) if window else None,
+                keys=_own(keys) if whole else keys,
+                values=_own(values) if whole else values,
+                queries=queries[:, :, -window:] if window else None,
                 first=self._first,
                 scale=scale,
                 softcap=softcap,
@@ -91,11 +98,28 @@ class State:
         self._new = None
         if index == self.layers - 1:
             self._padding.extend(None if self._first is None else real, batch, count)
-            self._compress()
+            self._finish()
 
-    def _compress(self) -> None:
-        prompt, self._prompt = self._prompt, []
-        packed = compress_prompt(prompt, self.policy, least_if_over=True)
+    def prime(self, prompt: Sequence[LayerInput]) -> None:
+        """As if the first pass had gone over this prompt, whose layers are at hand. Without padding."""
+        if len(prompt) != self.layers:
+            raise ValueError(f"Cache: prompt: expected {self.layers} layers, got {len(prompt)}")
+        self._compressor = Compressor(self.policy, self.layers, least_if_over=True)
+        try:
+            for layer in prompt:
+                self._compressor.add(layer)
+            self._finish()
+        except BaseException:
+            self.reset()
+            raise
+        batch, _, count, _ = prompt[0].shape
+        self.seen = [count] * self.layers
+        self._padding.extend(None, batch, count)
+
+    def _finish(self) -> None:
+        assert self._compressor is not None
+        packed = self._compressor.finish()
+        self._compressor = None
         if packed.report.over_budget:
             warnings.warn(
                 f"Cache: policy: expected a budget of at least {packed.nbytes} bytes for this prompt (a ratio of "
@@ -115,14 +139,15 @@ class State:
         batch, _, count, _ = keys.shape
         if index == 0:
             self._rows = self._new_rows(batch, count, real)
-        rows = self._rows
-        out = self.packed.layers[index].append_attend(
+        rows, packed = self._rows, self.packed
+        out = packed.layers[index].append_attend(
             rows.gather(queries),
             rows.gather(keys),
             rows.gather(values),
             scale=scale,
             softcap=softcap,
             valid=None if rows.valid is None else rows.valid.numpy(),
+            make_room=None if packed.hold_bytes is None else lambda nbytes: make_room(packed, nbytes),
         )
         if index == 0:
             self._padding.extend(None if real is None else real[:, -count:], batch, count)
@@ -148,6 +173,29 @@ class State:
         if self.packed is None:
             return
         chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        before = self.packed.layers[index].batch
         self.packed.layers[index].select(chosen.cpu().numpy())
         if index == 0:
+            if self.packed.hold_bytes is not None and before:  # the budget is one of so many sequences
+                self.packed.hold_bytes = self.packed.hold_bytes * len(chosen) // before
             self._padding.select(chosen.tolist())
+
+    def saved(self) -> Saved:
+        """What a file of this cache holds. RuntimeError for an unused cache, and inside of a forward pass."""
+        if self._new is not None or self._compressor is not None or len(set(self.seen)) > 1:
+            raise RuntimeError("save: cache: expected one between two forward passes, got one in the middle of a pass")
+        if self.packed is None:
+            raise RuntimeError("save: cache: expected one that holds a prompt, got an unused one")
+        runs = self._padding.runs
+        if not runs or any(layer.batch != len(runs) for layer in self.packed.layers):
+            raise RuntimeError(
+                f"save: cache: expected every layer's batch to be one of {len(runs)} sequences, got others"
+            )
+        return Saved(self.packed, self.seen[0], runs, self.ratio)
+
+    def restore(self, saved: Saved) -> None:
+        """Back to where a saved cache was."""
+        self.reset()
+        self.seen = [saved.positions] * self.layers
+        self.packed, self.ratio = saved.packed, saved.ratio
+        self._padding.runs = saved.runs
