@@ -173,7 +173,10 @@ def test_layers_are_scaled_and_interpolated(tmp_path: Path) -> None:
         ({"selector": {"strategy": "streaming", "clustering_k": 9}}, "selector.clustering_k: expected to be left out"),
         ({"selector": {"strategy": "full"}}, "selector.global_retain_ratio: expected to be left out"),
         (
-            {"model_layers": 4, "selector": {"strategy": "h2o", "layer_budgets": [{"layer_index": 1, "retain_ratio": 1}]}},
+            {
+                "model_layers": 4,
+                "selector": {"strategy": "h2o", "layer_budgets": [{"layer_index": 1, "retain_ratio": 1}]},
+            },
             "selector.layer_budgets: expected to be left out",
         ),
         ({"selector": {"layer_budgets": [{"layer_index": 9, "retain_ratio": 0.5}]}}, "below model_layers = 4, got 9"),

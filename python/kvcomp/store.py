@@ -23,6 +23,8 @@ SLAB_BYTES = 4096  # a slab is a whole number of memory pages (csrc/core/arena.c
 LEDGER = ("codes", "scales", "positions", "page_table", "slack", "window")
 CHUNK = 64  # new tokens that are appended before their queries attend
 SPARE_ENTRIES = 8  # of a page table that is made larger
+_TAIL_PAGE_TOKENS = _C.page_tokens(16, 16)
+_PLAIN = np.array([[16, 16]], np.uint8)  # a list of classes where none is needed
 
 PAGE = np.dtype([("unit", "<u4"), ("k_bits", "u1"), ("v_bits", "u1"), ("tokens", "u1"), ("flags", "u1")])
 # Columns of a list's state.
@@ -146,6 +148,10 @@ class PackedLayer:
         if self.rotation is not None:
             k_turn, v_turn = self.rotation
             keys, values = rotated(keys, k_turn), rotated(values, v_turn)
+        tail = self.lists[:, TAIL_TOKENS]
+        if q == 1 and valid is None and (tail % _TAIL_PAGE_TOKENS > 0).all() and (tail < self.window + CHUNK).all():
+            self._write(keys, values, None, self.table, _PLAIN, np.zeros(len(self.lists), np.uint8), [0, 0])
+            return
         added = np.full(len(self.lists), q) if valid is None else np.repeat(valid, self.heads)
         tails, flushes = self._needs(added)
         aged = self.aged.copy()
@@ -157,37 +163,50 @@ class PackedLayer:
             make_room(self._bytes_needed(added, aged))
         classes, index = np.unique(aged, axis=0, return_inverse=True)
         if not len(classes):
-            classes = np.array([[16, 16]], np.uint8)
+            classes = _PLAIN
         index = index.reshape(-1).astype(np.uint8)
         table = self._grown(int((tails + flushes).max(initial=0)))
-        sizes = [_C.page_bytes(self.coding.layout, 16, 16)]
-        sizes += [_C.page_bytes(self.coding.layout, int(k), int(v)) for k, v in classes]
         needs = [int(tails.sum()), *(int(flushes[index == c].sum()) for c in range(len(classes)))]
-        in_tails = int((self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]).sum())
-        pool_tail = np.zeros(needs[0] + in_tails, np.uint32)
-        pool_packed = np.zeros((len(classes), max(needs[1:], default=0)), np.uint32)
-        stacks = [pool_tail, *pool_packed]
-        left = np.zeros(len(stacks), np.int32)
         before = self.lists[:, TAIL_PAGE].copy()
-        try:
-            for place, (stack, size, need) in enumerate(zip(stacks, sizes, needs, strict=True)):
-                stack[:need] = self.arena.alloc(size, need)
-                left[place] = need
-            coding = self.coding
-            _C.append(
-                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, classes, index,
-                coding.layout, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
-            )  # fmt: skip
-            self.table, self.aged = table, aged
-        finally:
-            for stack, size, count in zip(stacks, sizes, left, strict=True):
-                self.arena.free(size, stack[:count])
+        self._write(keys, values, valid, table, classes, index, needs)
+        self.table, self.aged = table, aged
         if self.ranks is not None:
             self.ranks.recent[flushes > 0] = 0
             self.ranks.grow(table.shape[1])
             for done in range(int(flushes.max(initial=0))):
                 rows = np.flatnonzero(flushes > done)
                 self.ranks.merge(rows, before[rows] + done)
+
+    def _write(
+        self,
+        keys: Any,
+        values: Any,
+        valid: np.ndarray[Any, Any] | None,
+        table: np.ndarray[Any, Any],
+        classes: np.ndarray[Any, Any],
+        index: np.ndarray[Any, Any],
+        needs: list[int],
+    ) -> None:
+        """Aged tokens of list i take classes[index[i]]; ``needs``: most pages, 16-bit ones and of each class."""
+        coding = self.coding
+        in_tails = int((self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]).sum())
+        pool_tail = np.zeros(needs[0] + in_tails, np.uint32)
+        pool_packed = np.zeros((len(classes), max(needs[1:])), np.uint32)
+        stacks, left = [pool_tail, *pool_packed], np.zeros(len(needs), np.int32)
+        pairs = [(16, 16), *((int(k), int(v)) for k, v in classes)]
+        try:
+            for place, (stack, pair, need) in enumerate(zip(stacks, pairs, needs, strict=True)):
+                if need:
+                    stack[:need] = self.arena.alloc(_C.page_bytes(coding.layout, *pair), need)
+                    left[place] = need
+            _C.append(
+                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, classes, index,
+                coding.layout, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
+            )  # fmt: skip
+        finally:
+            for stack, pair, count in zip(stacks, pairs, left, strict=True):
+                if count:
+                    self.arena.free(_C.page_bytes(coding.layout, *pair), stack[:count])
 
     def _check_finite(self, name: str, rows: Any, counts: np.ndarray[Any, Any] | None) -> None:
         q = int(rows.shape[2])
