@@ -30,6 +30,7 @@ What each key means, key by key:
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,7 @@ from ..selectors import H2O, AdaKV, Full, Hybrid, LayerRatio, Selector, Streamin
 Strategy = Literal["full", "streaming", "snap", "pyramid", "hybrid", "ada", "h2o"]
 Bits = Literal[2, 3, 4, 8, 16]
 Ratio = Annotated[float, Field(gt=0, le=1)]
+_MOST = 2**31 - 1  # layers, tokens
 METRICS = frozenset(
     {f"{arm}_{figure}" for arm in ("baseline", "compressed") for figure in ("tps", "ttft_ms", "tpot_ms")} | {"layers"}
 )
@@ -54,7 +56,7 @@ class _Model(BaseModel):
 
 
 class LayerBudget(_Model):
-    layer_index: int = Field(ge=0)
+    layer_index: int = Field(ge=0, le=_MOST)
     retain_ratio: Ratio
     priority: float = Field(1.0, gt=0, allow_inf_nan=False)
 
@@ -63,10 +65,10 @@ class SelectorConfig(_Model):
     strategy: Strategy
     importance: Literal["attention", "key_norm"] = "attention"
     global_retain_ratio: Ratio = 0.25
-    window_size: int | None = Field(None, ge=1)
-    min_tokens: int = Field(32, ge=1)
+    window_size: int | None = Field(None, ge=1, le=_MOST)
+    min_tokens: int = Field(32, ge=1, le=_MOST)
     layer_budgets: list[LayerBudget] = []
-    clustering_k: int = Field(8, ge=1)
+    clustering_k: int = Field(8, ge=1, le=_MOST - 1)
     attention_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -98,7 +100,7 @@ class QuantizationConfig(_Model):
     asymmetric: bool = True
     group_size: int = Field(16, ge=16, le=256, multiple_of=16)
     stochastic_rounding: bool = True
-    calibration_steps: int = Field(256, ge=16)
+    calibration_steps: int = Field(256, ge=16, le=_MOST)
 
 
 class BudgetConfig(_Model):
@@ -109,8 +111,8 @@ class BudgetConfig(_Model):
 
 class ExperimentConfig(_Model):
     model_name: str = Field(min_length=1)
-    model_layers: int | None = Field(None, ge=1)
-    max_sequence_length: int = Field(128000, ge=1)
+    model_layers: int | None = Field(None, ge=1, le=_MOST)
+    max_sequence_length: int = Field(128000, ge=1, le=_MOST)
     selector: SelectorConfig
     quantization: QuantizationConfig = Field(default_factory=lambda: QuantizationConfig.model_validate({}))
     budget: BudgetConfig
@@ -162,7 +164,9 @@ def load(path: Path | str) -> ExperimentConfig:
     path = Path(path)
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as reason:
+        # Text that is no UTF-8 or no YAML; and for scalars that are not of their tag's type (`!!int x`, `!!bool x`,
+        # `!!timestamp x`, 2001-99-99), keys that are lists and deep nesting PyYAML fails with whatever Python raises.
         said = " ".join(str(reason).split())
         raise ValueError(f"config: {path}: expected YAML, got something else ({said})") from None
     if not isinstance(loaded, dict):
@@ -178,6 +182,18 @@ def parse(values: dict[Any, Any], *, name: str) -> ExperimentConfig:
         raise ValueError(f"config: {name}: {_sentence(reason)}") from None
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
+
+
+def _shown(value: object) -> str:
+    """repr, never long: a few aliases make values of any size."""
+    try:
+        return " ".join(_REPR.repr(value).split())
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "a number of too many digits"
+
+
 def _sentence(reason: ValidationError) -> str:
     """The first thing that is wrong, as ``key: expected ..., got ...``."""
     first = reason.errors()[0]
@@ -191,11 +207,11 @@ def _sentence(reason: ValidationError) -> str:
         return f"{key}.{context['error']}" if key else str(context["error"])
     bounds = {"greater_than": "> {gt}", "greater_than_equal": ">= {ge}", "less_than_equal": "<= {le}"}
     if kind in bounds:
-        return f"{key}: expected a number {bounds[kind].format(**context)}, got {given!r}"
+        return f"{key}: expected a number {bounds[kind].format(**context)}, got {_shown(given)}"
     if kind == "literal_error":
-        return f"{key}: expected {context['expected']}, got {given!r}"
+        return f"{key}: expected {context['expected']}, got {_shown(given)}"
     wanted = first["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {wanted}, got {given!r}"
+    return f"{key}: expected {wanted}, got {_shown(given)}"
 
 
 def load_policy(path: Path | str, *, prompt_tokens: int | None = None) -> Policy:
