@@ -12,14 +12,44 @@
 
 namespace {
 
-/* ---- kernels */
+/* ---- scales and zeros, rounded already, as bytes and back */
 
-template <int TILES, int GROUPS, bool SEARCH>
+template <int STEP> __device__ void put_step(uint8_t *to, float scale, float zero, bool zero_point) {
+    if constexpr (STEP == KVC_STEP_E5M3) {
+        const uint32_t pair = kvc_e5m3_pair(scale, zero);
+        if (zero_point)
+            *(uint16_t *)to = (uint16_t)pair;
+        else
+            *to = (uint8_t)pair;
+    } else {
+        const uint32_t low = __half_as_ushort(__float2half_rn(scale)), high = __half_as_ushort(__float2half_rn(zero));
+        if (zero_point)
+            *(uint32_t *)to = low | high << 16;
+        else
+            *(uint16_t *)to = (uint16_t)low;
+    }
+}
+
+/* A symmetric layout's zero stays as it is. */
+template <int STEP> __device__ void get_step(float &scale, float &zero, const uint8_t *from, bool zero_point) {
+    if constexpr (STEP == KVC_STEP_E5M3) {
+        scale = kvc_e5m3_to_float(from[0]);
+        if (zero_point) zero = kvc_e5m3_zero(scale, from[1]);
+    } else {
+        scale = kvc_cuda_half_to_float(((const uint16_t *)from)[0], KVC_FLOAT16);
+        if (zero_point) zero = kvc_cuda_half_to_float(((const uint16_t *)from)[1], KVC_FLOAT16);
+    }
+}
+
+/* ---- kernels; STEP is the layout's scale_dtype */
+
+template <int TILES, int GROUPS, bool SEARCH, int STEP>
 __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
     pack_kernel(const __grid_constant__ call a, const __grid_constant__ grouping g) {
     __shared__ uint4 stage[KVC_PAGE_TOKENS * TILES * KVC_TILE * 2 / sizeof(uint4)];
     job it;
     if (!take_job(a, &it)) return;
+    if (STEP == KVC_STEP_E5M3) clear_padding(a, it);
     const int lane = threadIdx.x & 31;
     const float most = 2.0f * kvc_mid(it.bits);
     for (int first = 0; first < it.page_tokens; first += THREADS / 4) {
@@ -40,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
             continue;
         }
         affine<GROUPS> scales;
-        fit<TILES, GROUPS, SEARCH>(scales, x, a, g, it.bits);
+        fit<TILES, GROUPS, SEARCH, STEP>(scales, x, a, g, it.bits);
         const encoder<GROUPS> encode(scales, g);
         /* No token: zeros all the way, and around a middle of 0 their code and its bytes are 0 too. */
         const float mid = valid ? kvc_mid(it.bits) : 0.0f;
@@ -51,13 +81,8 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
 #pragma unroll
         for (int k = 0, group = 0; k < GROUPS; k++) {
             if (!begins<GROUPS>(g, k) || lane & 3) continue;
-            uint16_t *out = it.scales + kvc_scale_index(&a.layout, it.page_tokens, group++, row);
-            const uint32_t scale = __half_as_ushort(__float2half_rn(scales.scale[k]));
-            const uint32_t zero = __half_as_ushort(__float2half_rn(scales.zero[k]));
-            if (a.layout.zero_point)
-                *(uint32_t *)out = scale | zero << 16;
-            else
-                *out = (uint16_t)scale;
+            put_step<STEP>(it.scales + kvc_scale_offset(&a.layout, it.page_tokens, group++, row), scales.scale[k],
+                           scales.zero[k], a.layout.zero_point);
         }
     }
     __syncthreads();
@@ -74,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
     }
 }
 
-template <int TILES>
+template <int TILES, int STEP>
 __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
     unpack_kernel(const __grid_constant__ call a, const __grid_constant__ grouping g) {
     __shared__ uint4 stage[KVC_PAGE_TOKENS * TILES * KVC_TILE * 2 / sizeof(uint4)];
@@ -107,9 +132,8 @@ __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
 #pragma unroll
             for (int j = 0, group = 0; j < TILES; j++) {
                 if (j == 0 || g.group_heads >> j & 1) {
-                    const uint16_t *pair = it.scales + kvc_scale_index(&a.layout, it.page_tokens, group++, row);
-                    scale = kvc_cuda_half_to_float(pair[0], KVC_FLOAT16);
-                    if (a.layout.zero_point) zero = kvc_cuda_half_to_float(pair[1], KVC_FLOAT16);
+                    get_step<STEP>(scale, zero, it.scales + kvc_scale_offset(&a.layout, it.page_tokens, group++, row),
+                                   a.layout.zero_point);
                 }
                 stage_get(x[j], (const uint8_t *)stage, from, j);
 #pragma unroll
@@ -190,13 +214,18 @@ grouping make_grouping(const kvc_layout *layout) {
     return g;
 }
 
-template <int TILES, int GROUPS> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
+template <int TILES, int GROUPS, int STEP> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
     const grouping g = make_grouping(&a.layout);
     if (a.scale == KVC_SCALE_SEARCH)
-        pack_kernel<TILES, GROUPS, true><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
+        pack_kernel<TILES, GROUPS, true, STEP><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
     else
-        pack_kernel<TILES, GROUPS, false><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
+        pack_kernel<TILES, GROUPS, false, STEP><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
     return cudaGetLastError();
+}
+
+template <int TILES, int GROUPS> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
+    return a.layout.scale_dtype == KVC_STEP_E5M3 ? launch_pack<TILES, GROUPS, KVC_STEP_E5M3>(n, a, stream)
+                                                 : launch_pack<TILES, GROUPS, KVC_STEP_FP16>(n, a, stream);
 }
 
 template <int TILES> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
@@ -205,7 +234,11 @@ template <int TILES> cudaError_t launch_pack(int n, const call &a, cudaStream_t 
 }
 
 template <int TILES> cudaError_t launch_unpack(int n, const call &a, cudaStream_t stream) {
-    unpack_kernel<TILES><<<dim3(n, 2), THREADS, 0, stream>>>(a, make_grouping(&a.layout));
+    const grouping g = make_grouping(&a.layout);
+    if (a.layout.scale_dtype == KVC_STEP_E5M3)
+        unpack_kernel<TILES, KVC_STEP_E5M3><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
+    else
+        unpack_kernel<TILES, KVC_STEP_FP16><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
     return cudaGetLastError();
 }
 

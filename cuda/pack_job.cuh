@@ -33,8 +33,7 @@ struct call {
     int64_t token_count;
     uint32_t heads, heads_inverse, list_count; /* heads_inverse: 2^32 / heads */
     int32_t s;
-    int32_t half_bytes[17]; /* of K or V in a page of 64 tokens, by bits; 0 for bits that are no class. Multiples of
-                             * KVC_UNIT, so that a page has no padding to write. */
+    int32_t half_bytes[17]; /* of K or V in a page of 64 tokens, by bits; 0 for bits that are no class */
     int32_t tail_half_bytes;
     kvc_layout layout;
     int32_t rotation, scale, stochastic, layer;
@@ -46,9 +45,9 @@ struct job {
     kvc_page page;
     int list, bits, page_tokens, value; /* value: 0 K, 1 V */
     const int32_t *tokens;
-    uint32_t *words;  /* the half's codes */
-    uint16_t *scales; /* and what follows them */
-    char *base;       /* row 0 of the list in K or V */
+    uint32_t *words; /* the half's codes */
+    uint8_t *scales; /* and what follows them */
+    char *base;      /* row 0 of the list in K or V */
     int64_t stride;
 };
 
@@ -62,9 +61,10 @@ __device__ bool take_job(const call &a, job *out) {
     const int page_tokens = tail ? KVC_TAIL_TOKENS : KVC_PAGE_TOKENS;
     const int k_bytes = tail ? a.tail_half_bytes : a.half_bytes[page.k_bits];
     const int v_bytes = tail ? a.tail_half_bytes : a.half_bytes[page.v_bits];
+    const int page_bytes = (k_bytes + v_bytes + KVC_UNIT - 1) & -KVC_UNIT;
     const int64_t first = (int64_t)page.unit * KVC_UNIT;
     if (k_bytes == 0 || v_bytes == 0 || page.tokens > page_tokens || start + (int64_t)page.tokens > a.token_count ||
-        first + k_bytes + v_bytes > a.arena_bytes)
+        first + page_bytes > a.arena_bytes)
         return false;
     uint32_t b = __umulhi(list, a.heads_inverse), h = list - b * a.heads; /* b is right, or one too small */
     if (h >= a.heads) b++, h -= a.heads;
@@ -76,10 +76,18 @@ __device__ bool take_job(const call &a, job *out) {
     out->tokens = a.tokens + start;
     char *half = (char *)a.arena + first + (value ? k_bytes : 0);
     out->words = (uint32_t *)half;
-    out->scales = (uint16_t *)(half + page_tokens / 8 * a.layout.head_dim * out->bits);
+    out->scales = (uint8_t *)half + page_tokens / 8 * a.layout.head_dim * out->bits;
     out->base = a.half[value].data + b * a.half[value].b + h * a.half[value].h;
     out->stride = a.half[value].s;
     return true;
+}
+
+/* What E5M3 can leave behind V: halves are multiples of 64 bytes, pages of 128. */
+__device__ void clear_padding(const call &a, const job &it) {
+    const int v_bytes = a.half_bytes[it.page.v_bits];
+    if (it.value && it.page_tokens == KVC_PAGE_TOKENS && (a.half_bytes[it.page.k_bits] + v_bytes) % KVC_UNIT &&
+        threadIdx.x < KVC_UNIT / 2 / sizeof(uint32_t))
+        it.words[v_bytes / sizeof(uint32_t) + threadIdx.x] = 0;
 }
 
 } // namespace

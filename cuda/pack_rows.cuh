@@ -228,6 +228,19 @@ template <int GROUPS> struct affine {
     float scale[GROUPS], zero[GROUPS];
 };
 
+/* kvc_e5m3_round, once a group. */
+template <int GROUPS> __device__ void round_to_e5m3(affine<GROUPS> &v, const grouping &g) {
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) {
+        if (begins<GROUPS>(g, k)) {
+            kvc_e5m3_round(&v.scale[k], &v.zero[k]);
+        } else {
+            v.scale[k] = v.scale[k ? k - 1 : 0];
+            v.zero[k] = v.zero[k ? k - 1 : 0];
+        }
+    }
+}
+
 template <int TILES, int GROUPS>
 __device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits) {
     float p[TILES][4];
@@ -289,7 +302,7 @@ constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integ
 
 __constant__ const float search_factors[KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS] = KVC_SEARCH_FACTORS;
 
-template <int TILES, int GROUPS>
+template <int TILES, int GROUPS, int STEP>
 __device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], const call &a, const grouping &g,
                            int bits) {
     const float mid = kvc_mid(bits), most = 2.0f * mid;
@@ -307,9 +320,17 @@ __device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], con
         affine<GROUPS> tried;
 #pragma unroll
         for (int k = 0; k < GROUPS; k++) {
-            tried.scale[k] = stored(base.scale[k] * search_factors[trial]);
-            tried.zero[k] = stored(base.zero[k]);
+            tried.scale[k] = base.scale[k] * search_factors[trial];
+            tried.zero[k] = base.zero[k];
         }
+        if constexpr (STEP == KVC_STEP_E5M3)
+            round_to_e5m3(tried, g);
+        else
+#pragma unroll
+            for (int k = 0; k < GROUPS; k++) {
+                tried.scale[k] = stored(tried.scale[k]);
+                tried.zero[k] = stored(tried.zero[k]);
+            }
         const encoder<GROUPS> encode(tried, g);
         float p[TILES][4], errors[GROUPS];
 #pragma unroll
@@ -331,17 +352,21 @@ __device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], con
     }
 }
 
-template <int TILES, int GROUPS, bool SEARCH>
+template <int TILES, int GROUPS, bool SEARCH, int STEP>
 __device__ void fit(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits) {
     if constexpr (SEARCH) {
-        fit_search<TILES, GROUPS>(out, x, a, g, bits);
+        fit_search<TILES, GROUPS, STEP>(out, x, a, g, bits);
     } else {
         if (a.scale == KVC_SCALE_MINMAX || bits >= 8)
             fit_minmax<TILES, GROUPS>(out, x, a, g, bits);
         else
             fit_sigma<TILES, GROUPS>(out, x, a, g, bits);
-        each_group(out.scale, g, stored);
-        each_group(out.zero, g, stored);
+        if constexpr (STEP == KVC_STEP_E5M3) {
+            round_to_e5m3(out, g);
+        } else {
+            each_group(out.scale, g, stored);
+            each_group(out.zero, g, stored);
+        }
     }
 }
 

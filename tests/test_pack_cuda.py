@@ -61,6 +61,7 @@ class Case:
     group: int
     zero_point: int = 1
     half: torch.dtype = torch.bfloat16
+    scale_dtype: int = 0  # 1: E5M3
     dtype: torch.dtype = torch.float32
     seed: int = 0
     shape: tuple[int, int, int] = (2, 3, 333)
@@ -69,7 +70,7 @@ class Case:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         random = np.random.default_rng(self.seed)
-        self.layout = (self.head_dim, self.group, self.zero_point, HALF[self.half])
+        self.layout = (self.head_dim, self.group, self.zero_point, HALF[self.half], self.scale_dtype)
         shape = (*self.shape, self.head_dim)
         self.keys, self.values = ((3 * torch.randn(shape, generator=generator)).to(self.dtype) for _ in range(2))
         for rows in self.keys, self.values:
@@ -130,11 +131,12 @@ def assert_same_pages(case: Case, got: torch.Tensor, expected: torch.Tensor, wha
 def test_same_bytes(head_dim: int, group: int) -> None:
     """Every class x scale kind x rotation x layout x input type, nearest and stochastic rounding; and back again."""
     sixteen = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), *((half, half) for half in HALF)]
-    options = [(dtype, zero_point, half) for dtype, half in sixteen for zero_point in (0, 1)]
-    for seed, (dtype, zero_point, half) in enumerate(options):
-        case = Case(head_dim, group, zero_point, half, dtype, seed)
+    options = [(dtype, zero_point, half, 0) for dtype, half in sixteen for zero_point in (0, 1)]
+    options += [(dtype, zero_point, half, 1) for dtype, half in (sixteen[0], sixteen[3]) for zero_point in (0, 1)]
+    for seed, (dtype, zero_point, half, scale_dtype) in enumerate(options):
+        case = Case(head_dim, group, zero_point, half, scale_dtype, dtype, seed)
         for rotation, scale, stochastic in itertools.product((0, 1), (0, 1, 2), (0, 1)):
-            what = (dtype, zero_point, half, rotation, scale, stochastic)
+            what = (dtype, zero_point, half, scale_dtype, rotation, scale, stochastic)
             expected = case.pack("cpu", rotation, scale, stochastic)
             assert_same_pages(case, case.pack("cuda", rotation, scale, stochastic), expected, what)
             if stochastic or scale != 1:
@@ -147,12 +149,13 @@ def test_same_bytes(head_dim: int, group: int) -> None:
 
 def test_small() -> None:
     """One of everything, for the sanitizers."""
-    case = Case(80, 16, classes=[(2, 3), (4, 8), (16, 3), (16, 16)], shape=(1, 2, 130))
-    expected = case.pack("cpu", 1, 2, 1)
-    assert_same_pages(case, case.pack("cuda", 1, 2, 1), expected, "small")
-    assert same_bits(
-        case.unpack("cuda", expected, 1, torch.float32)[0], case.unpack("cpu", expected, 1, torch.float32)[0]
-    )
+    for zero_point, scale_dtype in ((1, 0), (1, 1), (0, 1)):  # the last one's page (16, 3) ends in padding
+        classes = [(2, 3), (4, 8), (16, 3), (16, 16)]
+        case = Case(80, 16, zero_point, scale_dtype=scale_dtype, classes=classes, shape=(1, 2, 130))
+        expected = case.pack("cpu", 1, 2, 1)
+        assert_same_pages(case, case.pack("cuda", 1, 2, 1), expected, "small")
+        cpu, cuda = (case.unpack(device, expected, 1, torch.float32) for device in ("cpu", "cuda"))
+        assert same_bits(cuda[0], cpu[0]) and same_bits(cuda[1], cpu[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
