@@ -48,9 +48,12 @@ static PyObject *arena_alloc(PyObject *self, PyObject *const *argv, Py_ssize_t a
     if (frame_count(&frame, argc, 2) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
         frame_int(&frame, argv[1], "count", 0, INT32_MAX, &count))
         return NULL;
+    kvc_arena *arena = ((ArenaObject *)self)->arena;
+    if (count > kvc_arena_reserved(arena) / page_bytes) /* refused, before an array of so many units is made */
+        return raise_status(kvc_arena_alloc(arena, page_bytes, count, NULL));
     PyObject *array = numpy_uint32((Py_ssize_t)count, &units);
     if (!array) return NULL;
-    const kvc_status status = kvc_arena_alloc(((ArenaObject *)self)->arena, page_bytes, count, units);
+    const kvc_status status = kvc_arena_alloc(arena, page_bytes, count, units);
     if (status != KVC_OK) {
         Py_DECREF(array);
         return raise_status(status);

@@ -67,11 +67,18 @@ static int fill(kvc_frame *frame, const char *name, const dl_tensor *in, bool re
                         .device = in->device.type,
                         .device_id = in->device.id,
                         .read_only = read_only};
-    int64_t stride = 1;
+    int64_t stride = 1, reach;
     for (int axis = in->ndim - 1; axis >= 0; axis--) {
-        out->shape[axis] = in->shape[axis];
+        const int64_t size = in->shape[axis];
+        out->shape[axis] = size;
         out->strides[axis] = in->strides ? in->strides[axis] : stride;
-        stride *= in->shape[axis];
+        if (size < 0 || __builtin_mul_overflow(stride, size > 1 ? size : 1, &stride) || stride > INT64_MAX / 16 ||
+            (size > 1 && (__builtin_mul_overflow(size - 1, out->strides[axis], &reach) || reach > INT64_MAX / 128 ||
+                          reach < -INT64_MAX / 128))) {
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected a shape that memory can hold, got %lld in dimension %d",
+                         frame->op, name, (long long)size, axis);
+            return fail(frame);
+        }
     }
     if (!out->data && kvc_elements(out) != 0) /* a stand-in, as compilers trace with */
         return fail_text(frame, PyExc_ValueError, name, "a tensor with memory", "a null address");

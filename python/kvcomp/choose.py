@@ -59,9 +59,8 @@ def candidates_of(
     if select is None:
         select = AUTOMATIC
     least = max(policy.sinks + policy.kept_window, select.min_tokens if isinstance(select, Hybrid) else 0)
-    shares = np.stack(
-        [layer_shares(select, layers, int(s - f), least, 1.0 if scale is None else scale)[index] for f in first]
-    )
+    part = 1.0 if scale is None else scale
+    shares = np.array([layer_shares(select, layers, int(s - f), least, part)[index] for f in first], np.int64)
     kept = np.empty((b * h, s), np.uint8)
     flat, begin = importance.reshape(b * h, s), np.repeat(first, h)
     if isinstance(select, AdaKV):

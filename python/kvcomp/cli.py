@@ -292,8 +292,10 @@ def _policies(options: argparse.Namespace, command: str) -> int:
     if options.output is not None:
         results.write(options.output, found)
     kept.finish()
-    for name, title in policies_report.titles():
-        report.print_rows(*policies_report.ROWS[name](found), _console(), title)
+    for name, title in policies_report.TITLES.items():
+        header, rows = policies_report.ROWS[name](found)
+        if rows:
+            report.print_rows(header, rows, _console(), title)
     for line in policies_report.goal_lines(found):
         _console().print(line, highlight=False)
     return _judge(found)

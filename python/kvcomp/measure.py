@@ -60,6 +60,8 @@ def _attention(layer: LayerInput, select: Full | H2O) -> Array:
     b, h, s, d = layer.shape
     if layer.queries is None:
         raise ValueError("compress: queries: expected the prompt's last queries or an importance, got neither")
+    if s == 0:
+        return np.zeros((b, h, s), np.float32)
     if isinstance(select, H2O):
         window, reduce = s, 2
         if layer.queries.shape[2] < s:
@@ -89,7 +91,7 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     b, h, s, d = layer.shape
     first = first_tokens(layer)
     spots = [np.unique(np.linspace(f, max(s - 1, f), min(tokens, s - f)).astype(np.int32)) for f in first]
-    most = max(len(spot) for spot in spots)
+    most = max((len(spot) for spot in spots), default=0)
     keys, values = np.zeros((b, h, most, d), np.float32), np.zeros((b, h, most, d), np.float32)
     real = np.zeros((b, 1, most, 1), np.float32)
     for row, spot in enumerate(spots):
@@ -101,9 +103,12 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     mean = values.sum(2) / counts
     spread = ((values - mean[:, :, None]) ** 2 * real).sum((2, 3)) / counts[..., 0]
     query_norm = np.full((b, h), float(d), np.float32)
-    if layer.queries is not None and layer.queries.shape[2]:
-        squares = (to_float32(layer.queries) ** 2).sum(3)
-        query_norm = squares.reshape(b, h, -1).mean(2)
+    if layer.queries is not None:
+        _, heads, w, _ = layer.queries.shape
+        real_queries = np.arange(s - w, s) >= first[:, None]
+        squares = np.where(real_queries[:, None], (to_float32(layer.queries) ** 2).sum(3), 0)
+        seen = real_queries.sum(1)[:, None] * (heads // h)
+        query_norm = np.where(seen > 0, squares.reshape(b, h, heads // h * w).sum(2) / np.maximum(seen, 1), query_norm)
     errors = np.zeros((2, b * h, len(BITS)), np.float32)
     for column, bits in enumerate(BITS[:-1]):
         for part, mse in enumerate(_round_trip(keys, values, real, coding, bits, index)):

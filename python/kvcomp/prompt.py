@@ -3,6 +3,7 @@ of what was decided."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class Compressor:
         self._fixed_tokens = 0
         self._least: int | None = 0
         self._over = False
+        self._need = 0.0  # bytes of the first layer's smallest plan, a head, with prefill="layerwise"
 
     # ---- layers come in
 
@@ -71,7 +73,7 @@ class Compressor:
         self._shapes.append(layer.shape)
         self._ready.append(self._measured(layer, index))
         if self.policy.prefill == "layerwise":
-            self._pack(self._share(layer.shape))
+            self._pack(-1 if self.policy.fixed_class is not None else self._share())
 
     def finish(self) -> Packed:
         """All layers have been added."""
@@ -82,6 +84,7 @@ class Compressor:
         elif self.layers > 1:
             compact(self._arena, self._packed)  # one slab a size for all layers, as after a joint plan
         budget = self._budget(self._bf16_bytes())
+        self._over = self._over and self._held() > budget
         hold = None
         if self.policy.decode == "hold":
             hold = self._held_bytes(budget)
@@ -183,9 +186,13 @@ class Compressor:
         heads = sum(shape[1] for shape in self._shapes) + (self.layers - len(self._shapes)) * self._shapes[-1][1]
         return self._real_tokens() * heads * self._shapes[0][3] * 2 * 2
 
-    def _share(self, shape: tuple[int, int, int, int]) -> int:
-        """Bytes for the layer that was just added: its part of what the layers before it have left."""
-        index, select = len(self._shapes) - 1, self.policy.select
+    def _share(self) -> int:
+        """Bytes for the layer that was just added: its part of what the layers before it have left; but no less than
+        its smallest plan, and nothing of what those of later layers take, if they are like the first layer's."""
+        shape, index, select = self._shapes[-1], len(self._shapes) - 1, self.policy.select
+        if index == 0:
+            smallest = spend(self._ready, self.policy, self._account, 0, least_if_over=True)
+            self._need = self._account.held(smallest.plans) / shape[1]
         if self.policy.layer_weights is not None:
             weights = np.asarray(self.policy.layer_weights, np.float64)
         elif select is not None and select.keep is not None:
@@ -193,7 +200,12 @@ class Compressor:
         else:
             weights = np.ones(self.layers)
         left = self._budget(self._bf16_bytes()) - self._held()
-        return int(left * weights[index] / weights[index:].sum())
+        share = max(left * weights[index] / weights[index:].sum(), self._need * shape[1])
+        return max(0, int(min(share, left - self._need_later())))
+
+    def _need_later(self) -> int:
+        """Bytes of the smallest plans of layers that are still to come."""
+        return math.ceil(self._need * self._shapes[-1][1]) * (self.layers - len(self._shapes))
 
     def _held(self) -> int:
         return int(self._arena.nbytes) + sum(layer.table_bytes for layer in self._packed)
@@ -229,7 +241,7 @@ class Compressor:
             try:
                 spent = spend(ready, policy, self._account, budget, least_if_over=self._least_if_over)
             except Over as over:
-                least = self._held() + over.held
+                least = self._held() + over.held + self._need_later()
                 raise self._budget_error(least, self._budget(self._bf16_bytes())) from None
             self._least = None if spent.least is None or self._least is None else self._least + spent.least
             self._over = self._over or spent.over

@@ -135,7 +135,8 @@ def ladder(importance: Array, k_bits: Array, v_bits: Array, fixed: Array) -> tup
 
 def page_worth(importance: Array, pages: Array, lists: Array, start: Array, tokens: Array, fixed: Array) -> Array:
     """(pages,) float32: importance (n, s) of each page's tokens, summed; inf for pages with sinks (fixed 1)."""
-    place = np.concatenate([np.arange(int(b), int(b) + int(c)) for b, c in zip(start, pages["tokens"], strict=True)])
+    runs = [np.arange(int(b), int(b) + int(c)) for b, c in zip(start, pages["tokens"], strict=True)]
+    place = np.concatenate([np.zeros(0, np.int64), *runs])
     owner = np.repeat(np.arange(len(pages)), pages["tokens"])
     token = tokens[place]
     worth = np.bincount(owner, importance[lists[owner], token], minlength=len(pages)).astype(np.float32)

@@ -17,7 +17,7 @@ VALUES = ("none", "norm", "centered")
 
 
 def fail(argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"policy: {argument}: expected {expected}, got {got!r}")
+    return ValueError(f"policy: {argument}: expected {expected}, got {' '.join(repr(got).split())}")
 
 
 def check_fraction(argument: str, value: float | None) -> None:

@@ -140,7 +140,9 @@ def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: i
     s = ready[0].layer.shape[2]
     sharp = np.concatenate(
         [
-            (one.importance.reshape(-1, s).astype(np.float64) ** exponent(policy) * one.priority).astype(np.float32)
+            (one.importance.reshape(one.kept.shape).astype(np.float64) ** exponent(policy) * one.priority).astype(
+                np.float32
+            )
             for one in ready
         ]
     )
@@ -185,7 +187,7 @@ def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: i
             return Spent(plans, copies, [one.fixed for one in ready], least, held > budget)
         if smallest:
             raise Over(held)
-        limit -= held - budget
+        limit = max(limit - (held - budget), 0)  # below 0 it would be none
 
 
 # ---- one class for all

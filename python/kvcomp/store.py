@@ -113,6 +113,7 @@ class PackedLayer:
         self.arena, self.coding, self.table, self.lists = arena, coding, table, lists
         self.heads, self.layer, self.aged, self.window = heads, layer, aged, window
         self.ranks, self.rotation, self.decay = ranks, rotation, decay
+        self.appends = 0  # how often rows were stored
         # Of the outputs, transposed once: _C.rotate would turn the matrices again at every step.
         self._value_back = None if rotation is None else np.ascontiguousarray(rotation[1].transpose(0, 2, 1))
 
@@ -203,6 +204,7 @@ class PackedLayer:
                 self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, classes, index,
                 coding.layout, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
             )  # fmt: skip
+            self.appends += 1
         finally:
             for stack, pair, count in zip(stacks, pairs, left, strict=True):
                 if count:

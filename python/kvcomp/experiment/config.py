@@ -183,6 +183,7 @@ def parse(values: dict[Any, Any], *, name: str) -> ExperimentConfig:
 
 
 _REPR = reprlib.Repr()
+_REPR.maxlevel = 2
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 

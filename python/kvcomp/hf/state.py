@@ -37,6 +37,8 @@ class State:
         self.packed: Packed | None = None
         self.ratio: float | None = None
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K, V between update and attention
+        self._at = 0  # the layer that they are of
+        self._broken = False  # a later pass stopped half-way through a layer
         self._compressor: Compressor | None = None  # while the first pass runs
         self._first: np.ndarray[Any, Any] | None = None  # first real token of every sequence
         self._padding = Padding()
@@ -45,22 +47,25 @@ class State:
     def take(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Layer `index` is given keys, values (b,h,q,d), held until its attention has run. Layers come in order, one
         pass after the other."""
+        if index == 0 and self._new is not None:  # an earlier pass ended before that layer's attention
+            self.give_back(self._at)
         count = keys.shape[2]
         ahead = self.seen[0] if index else self.seen[0] + count
-        if (index == 0 and (len(set(self.seen)) > 1 or self._compressor)) or self.seen[index] + count != ahead:
+        halfway = self._broken or (index == 0 and (len(set(self.seen)) > 1 or self._compressor))
+        if halfway or self.seen[index] + count != ahead:
             raise RuntimeError(
                 f"Cache: layer {index}: expected every layer once in every forward pass, got an earlier pass that did "
                 f"not finish; reset() empties the cache"
             )
         self.seen[index] += count
-        self._new = (keys, values)
+        self._new, self._at = (keys, values), index
 
     def give_back(self, index: int) -> None:
         """The pass failed in layer `index`: undone where nothing has been stored yet."""
         if self.packed is None:
             self.reset()
-        elif index == 0 and self._new is not None:
-            self.seen[0] -= self._new[0].shape[2]
+        elif self._new is not None:
+            self.seen[index] -= self._new[0].shape[2]
         self._new = None
 
     def _check_mask(self, real: torch.Tensor | None, batch: int) -> None:
@@ -121,9 +126,10 @@ class State:
         packed = self._compressor.finish()
         self._compressor = None
         if packed.report.over_budget:
+            least = packed.nbytes if packed.hold_bytes is None else packed.hold_bytes
             warnings.warn(
-                f"Cache: policy: expected a budget of at least {packed.nbytes} bytes for this prompt (a ratio of "
-                f"{ratio_text(packed.ratio)} or less), got {packed.report.budget_bytes} bytes: "
+                f"Cache: policy: expected a budget of at least {least} bytes for this prompt (a ratio of "
+                f"{ratio_text(packed.report.bf16_bytes / least)} or less), got {packed.report.budget_bytes} bytes: "
                 f"the smallest plan is kept",
                 BudgetWarning,
                 stacklevel=2,
@@ -140,15 +146,22 @@ class State:
         if index == 0:
             self._rows = self._new_rows(batch, count, real)
         rows, packed = self._rows, self.packed
-        out = packed.layers[index].append_attend(
-            rows.gather(queries),
-            rows.gather(keys),
-            rows.gather(values),
-            scale=scale,
-            softcap=softcap,
-            valid=None if rows.valid is None else rows.valid.numpy(),
-            make_room=None if packed.hold_bytes is None else lambda nbytes: make_room(packed, nbytes),
-        )
+        layer = packed.layers[index]
+        before = layer.appends
+        try:
+            out = layer.append_attend(
+                rows.gather(queries),
+                rows.gather(keys),
+                rows.gather(values),
+                scale=scale,
+                softcap=softcap,
+                valid=None if rows.valid is None else rows.valid.numpy(),
+                make_room=None if packed.hold_bytes is None else lambda nbytes: make_room(packed, nbytes),
+            )
+        except BaseException as error:
+            # Whoever stops the program may do so anywhere; errors leave a layer whole, with some of the rows or none.
+            self._broken = layer.appends != before or not isinstance(error, Exception)
+            raise
         if index == 0:
             self._padding.extend(None if real is None else real[:, -count:], batch, count)
         self._new = None
@@ -182,7 +195,7 @@ class State:
 
     def saved(self) -> Saved:
         """What a file of this cache holds. RuntimeError for an unused cache, and inside of a forward pass."""
-        if self._new is not None or self._compressor is not None or len(set(self.seen)) > 1:
+        if self._broken or self._new is not None or self._compressor is not None or len(set(self.seen)) > 1:
             raise RuntimeError("save: cache: expected one between two forward passes, got one in the middle of a pass")
         if self.packed is None:
             raise RuntimeError("save: cache: expected one that holds a prompt, got an unused one")
