@@ -87,6 +87,46 @@ def test_prompts_that_are_not_left_padded(model: Any, row: list[int], sentence: 
     model.generate(tokens(2, 6), past_key_values=cache, **GREEDY)  # usable as if nothing had happened
 
 
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        (
+            kvcomp.Policy(bits=4, group=48),
+            "page_bytes: group: expected a divisor of head_dim 64 that is a multiple of ",
+        ),
+        (
+            kvcomp.Policy(target_ratio=4, group=128),
+            "page_bytes: group: expected a divisor of head_dim 64 that is a mul",
+        ),
+        (
+            kvcomp.Policy(bits=4, rotation=kvcomp.Rotation.random(2, 2, 128)),
+            r"compress: rotation: expected matrices of 2 layers, 2 heads and 64 channels, got Rotation\(2 layers, 2 h",
+        ),
+        (
+            kvcomp.Policy(target_ratio=4, rotation=kvcomp.Rotation.random(3, 2, 64), prefill="layerwise"),
+            r"compress: rotation: expected matrices of 2 layers, 2 heads and 64 channels, got Rotation\(3 layers, 2 h",
+        ),
+        (
+            kvcomp.Policy(target_ratio=4, prefill="layerwise", layer_weights=(1, 2, 3)),
+            "compress: layer_weights: expected one for each of 2 layers, got 3",
+        ),
+    ],
+    ids=["group", "wide group", "head_dim", "layers", "weights"],
+)
+def test_policies_for_another_model(model: Any, policy: kvcomp.Policy, sentence: str) -> None:
+    """The first pass says so; the cache stays empty, and the model is as it was."""
+    cache, ids = kvcomp.Cache(model.config, policy), tokens(1, 40)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"^{sentence}"):
+            model(ids, past_key_values=cache)
+        assert cache.get_seq_length() == cache.nbytes == 0
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"^{sentence}"), kvcomp.compress(model, policy):
+        model.generate(ids, **GREEDY)
+    assert model.config._attn_implementation == before
+    model.generate(ids, past_key_values=kvcomp.Cache(model.config, EXACT), **GREEDY)
+
+
 def test_later_masks_that_deny_what_is_stored(model: Any) -> None:
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[0, :3] = 0

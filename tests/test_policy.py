@@ -11,7 +11,20 @@ from typing import Any
 import kvcomp
 import numpy as np
 import pytest
-from kvcomp import Full, Hybrid, LayerRatio, Policy, PyramidKV, SnapKV, Streaming
+from kvcomp import (
+    H2O,
+    AdaKV,
+    Full,
+    Hybrid,
+    KeyNorm,
+    LayerRatio,
+    Policy,
+    PyramidKV,
+    Random,
+    Rotation,
+    SnapKV,
+    Streaming,
+)
 
 BUDGET = r"policy: budget: expected exactly one of bits, k_bits and v_bits, target_ratio, fraction, budget_bytes, got "
 
@@ -65,6 +78,19 @@ def test_wrong_budgets(fields: dict[str, Any], sentence: str) -> None:
         ({"importance_temperature": 0.0}, "importance_temperature: expected a positive number, got 0.0"),
         ({"importance_temperature": math.nan}, "importance_temperature: expected a positive number, got nan"),
         ({"calibration_tokens": 15}, "calibration_tokens: expected 16 or more, got 15"),
+        ({"rotation": np.eye(4)}, r"rotation: expected hadamard or none, got array\([\s\S]*\)"),
+        ({"select": "snap"}, "select: expected a selector or None, got 'snap'"),
+        ({"select": SnapKV}, "select: expected a selector or None, got <class 'kvcomp.selectors.SnapKV'>"),
+        ({"scale_dtype": "fp8"}, "scale_dtype: expected fp16 or e5m3, got 'fp8'"),
+        ({"scale_dtype": np.float16}, "scale_dtype: expected fp16 or e5m3, got <class 'numpy.float16'>"),
+        ({"allocate": "greedy"}, "allocate: expected plan or uniform or random or position, got 'greedy'"),
+        ({"granularity": "token"}, "granularity: expected run or head or layer, got 'token'"),
+        ({"granularity": ["run"]}, r"granularity: expected run or head or layer, got \['run'\]"),
+        ({"prefill": "chunked"}, "prefill: expected joint or layerwise, got 'chunked'"),
+        ({"decode": "evict"}, "decode: expected grow or hold, got 'evict'"),
+        ({"decay": 1.0}, r"decay: expected a factor in \[0, 1\), got 1.0"),
+        ({"decay": -0.1}, r"decay: expected a factor in \[0, 1\), got -0.1"),
+        ({"decay": math.nan}, r"decay: expected a factor in \[0, 1\), got nan"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], sentence: str) -> None:
@@ -72,11 +98,69 @@ def test_wrong_fields(fields: dict[str, Any], sentence: str) -> None:
         Policy(target_ratio=4, **fields)
 
 
-@pytest.mark.parametrize("fields", [{"guard": 0.5}, {"classes": ((4, 4),)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guard": 0.5},
+        {"classes": ((4, 4),)},
+        {"allocate": "uniform"},
+        {"allocate": "random"},
+        {"granularity": "head"},
+        {"granularity": "layer"},
+        {"decode": "hold"},
+        {"drop": False},
+        {"layer_weights": (1, 2)},
+    ],
+)
 def test_fixed_bits_leave_nothing_to_plan(fields: dict[str, Any]) -> None:
     for budget in ({"bits": 4}, {"k_bits": 4, "v_bits": 2}):
-        with pytest.raises(ValueError, match=rf"^policy: {next(iter(fields))}: expected a byte budget beside it "):
-            Policy(**budget, **fields)
+        for prefill in ("joint", "layerwise"):
+            with pytest.raises(ValueError, match=rf"^policy: {next(iter(fields))}: expected a byte budget "):
+                Policy(**budget, **fields, prefill=prefill)
+
+
+@pytest.mark.parametrize("fields", [{"granularity": "head"}, {"granularity": "layer"}, {"guard": 0.5}, {"drop": False}])
+def test_uniform_has_one_class(fields: dict[str, Any]) -> None:
+    name, value = next(iter(fields.items()))
+    sentence = rf"^policy: {name}: expected the default with allocate='uniform', which has one class for all, got "
+    with pytest.raises(ValueError, match=rf"{sentence}{value!r}$"):
+        Policy(target_ratio=4, allocate="uniform", **fields)
+
+
+@pytest.mark.parametrize("weights", [(), (1, 0), (1, -1), (1, math.nan), (1, math.inf), 5, ("a",), (None,)])
+def test_layer_weights_are_positive_numbers(weights: Any) -> None:
+    with pytest.raises(ValueError, match=r"^policy: layer_weights: expected a positive number for every layer, got "):
+        Policy(target_ratio=4, prefill="layerwise", layer_weights=weights)
+
+
+def test_layer_weights_are_of_layers_one_by_one() -> None:
+    sentence = r"^policy: layer_weights: expected a byte budget and prefill='layerwise' beside it, got \(1, 2\)$"
+    with pytest.raises(ValueError, match=sentence):
+        Policy(target_ratio=4, layer_weights=(1, 2))
+    Policy(target_ratio=4, prefill="layerwise", layer_weights=np.ones(3))
+
+
+@pytest.mark.parametrize("classes", [(), ((16, 16),), [(16, 16), (16, 16)]])
+def test_what_is_held_has_less_than_16_bits(classes: Any) -> None:
+    sentence = r"^policy: classes: expected one of fewer than 16 bits with decode='hold' \(16-bit tokens stay\), got "
+    with pytest.raises(ValueError, match=sentence):
+        Policy(target_ratio=4, decode="hold", classes=classes)
+    Policy(target_ratio=4, classes=classes)
+    Policy(target_ratio=4, decode="hold", classes=((16, 8),))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"decode": "hold", "prefill": "layerwise", "allocate": "uniform"},
+        {"granularity": "layer", "guard": 0.1, "allocate": "random", "scale_dtype": "e5m3"},
+        {"prefill": "layerwise", "layer_weights": (1, 2), "decode": "hold", "decay": 0.0, "drop": False},
+        {"rotation": Rotation.random(1, 1, 64), "granularity": "head", "select": AdaKV(keep=0.5)},
+    ],
+)
+def test_what_goes_together(fields: dict[str, Any]) -> None:
+    assert Policy(target_ratio=4, **fields) == Policy(target_ratio=4, **fields)
+    assert hash(Policy(target_ratio=4, **fields)) == hash(Policy(target_ratio=4, **fields))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +179,18 @@ def test_fixed_bits_leave_nothing_to_plan(fields: dict[str, Any]) -> None:
         (Hybrid, {"keep": None}, "select.keep: expected a fraction to share out over the layers, got None"),
         (Hybrid, {"min_tokens": -1}, "select.min_tokens: expected 0 or more, got -1"),
         (Hybrid, {"base": "snapkv"}, "select.base: expected pyramid or snap, got 'snapkv'"),
+        (AdaKV, {"safeguard": -0.1}, r"select.safeguard: expected a fraction in \[0, 1\], got -0.1"),
+        (AdaKV, {"safeguard": 1.1}, r"select.safeguard: expected a fraction in \[0, 1\], got 1.1"),
+        (AdaKV, {"safeguard": math.nan}, r"select.safeguard: expected a fraction in \[0, 1\], got nan"),
+        (AdaKV, {"window": 0}, "select.window: expected 1 or more queries, got 0"),
+        (Full, {"values": "mean"}, "select.values: expected none or norm or centered, got 'mean'"),
+        (H2O, {"values": None}, "select.values: expected none or norm or centered, got None"),
+        (H2O, {"pool": 0}, "select.pool: expected a width of 1 or more, got 0"),
+        (H2O, {"pool_kind": "sum"}, "select.pool_kind: expected avg or max, got 'sum'"),
+        (H2O, {"keep": 2}, r"select.keep: expected a fraction in \(0, 1\], got 2"),
+        (KeyNorm, {"values": "l2"}, "select.values: expected none or norm or centered, got 'l2'"),
+        (KeyNorm, {"keep": 0}, r"select.keep: expected a fraction in \(0, 1\], got 0"),
+        (Random, {"keep": -1}, r"select.keep: expected a fraction in \(0, 1\], got -1"),
         (Hybrid, {"beta": 0}, "select.beta: expected 1 or more, got 0"),
         (LayerRatio, {"layer_index": -1, "retain_ratio": 0.5}, "layer_index: expected 0 or more, got -1"),
         (LayerRatio, {"layer_index": 0, "retain_ratio": 0}, r"retain_ratio: expected a fraction in \(0, 1\], got 0"),
@@ -158,6 +254,12 @@ def test_fixed_class() -> None:
         (Policy(target_ratio=4, select=SnapKV(window=9)), 9),
         (Policy(target_ratio=4, select=PyramidKV(window=7)), 7),
         (Policy(bits=2, select=Hybrid(window=5)), 5),
+        (Policy(target_ratio=4, select=KeyNorm()), 0),
+        (Policy(target_ratio=4, select=Random()), 0),
+        (Policy(target_ratio=4, select=AdaKV(window=6)), 6),
+        (Policy(target_ratio=4, select=H2O()), 1 << 30),
+        (Policy(bits=4, select=H2O(keep=0.5)), 1 << 30),
+        (Policy(bits=4, select=H2O()), 0),
     ],
 )
 def test_scoring_window(policy: Policy, window: int) -> None:
@@ -182,6 +284,9 @@ def test_every_method_names_its_source() -> None:
         (SnapKV, "2404.14469"),
         (PyramidKV, "2406.02069"),
         (Hybrid, "KV-cache-paper"),
+        (AdaKV, "2407.11550"),
+        (H2O, "2306.14048"),
+        (KeyNorm, "2406.11430"),
     ):
         assert source in (selector.__doc__ or "")
 

@@ -119,6 +119,8 @@ class Policy:
             check_whole("budget_bytes", self.budget_bytes, 1, "1 or more bytes")
         for name in ("sinks", "window", "seed"):
             check_whole(name, getattr(self, name), 0, "0 or more")
+        if self.select is not None and not isinstance(self.select, Selector):
+            raise _fail("select", "a selector or None", self.select)
         if not isinstance(self.rotation, Rotation):
             check_choice("rotation", self.rotation, ("hadamard", "none"))
         for name, choices in _CHOICES.items():
@@ -144,6 +146,8 @@ class Policy:
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 if value != default:
                     raise _fail(name, "a byte budget beside it (fixed bits leave nothing to plan)", value)
+        if self.decode == "hold" and self.classes is not None and all(min(pair) == 16 for pair in self.classes):
+            raise _fail("classes", "one of fewer than 16 bits with decode='hold' (16-bit tokens stay)", self.classes)
         if self.allocate == "uniform":
             for name in ("granularity", "guard", "drop"):
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -152,7 +156,10 @@ class Policy:
         if self.layer_weights is not None:
             if self.prefill != "layerwise" or self.fixed_class is not None:
                 raise _fail("layer_weights", "a byte budget and prefill='layerwise' beside it", self.layer_weights)
-            weights = [float(weight) for weight in self.layer_weights]
+            try:
+                weights = [float(weight) for weight in self.layer_weights]
+            except (TypeError, ValueError):
+                weights = []
             if not weights or not all(0 < weight < float("inf") for weight in weights):
                 raise _fail("layer_weights", "a positive number for every layer", self.layer_weights)
 

@@ -19,7 +19,7 @@ from .pages import write_pages
 from .policy import Policy
 from .ranks import LEVELS, Ranks, ladder, page_worth, spread
 from .rotation import Rotation
-from .spend import LIST_BYTES, Account, Over, Ready, Spent, fixed_bits, spend
+from .spend import LIST_BYTES, Account, Over, Ready, Spent, classes_of, fixed_bits, spend
 from .store import BFLOAT16, FLOAT16, PAGE, ROTATIONS, SCALE_DTYPES, SCALES, Coding, Layout, PackedLayer, rotated
 
 # What Ranks keeps of a list: kind, level, recent; and, where bytes are held, two tables of five and drop.
@@ -55,7 +55,6 @@ class Compressor:
         self._packed: list[PackedLayer] = []
         self._positions: list[Array] = []
         self._page_bytes: list[int] = []
-        self._fixed_tokens = 0
         self._least: int | None = 0
         self._over = False
         self._need = 0.0  # bytes of the first layer's smallest plan, a head, with prefill="layerwise"
@@ -246,7 +245,7 @@ class Compressor:
             self._least = None if spent.least is None or self._least is None else self._least + spent.least
             self._over = self._over or spent.over
         tables = write_pages(self._arena, [one.layer for one in ready], spent.plans, self._coding, ready[0].index)
-        common = _common_class(spent)
+        common = _common_class(spent, policy)
         for place, (one, table) in enumerate(zip(ready, tables, strict=True)):
             self._keep(one, spent, place, table, common)
 
@@ -308,15 +307,18 @@ class Compressor:
         )
 
 
-def _common_class(spent: Spent) -> tuple[int, int]:
-    """The class most packed tokens have, for lists that have none."""
+def _common_class(spent: Spent, policy: Policy) -> tuple[int, int]:
+    """The class most packed tokens have, for lists that have none; where no token is packed, 4 bits or what is nearest
+    of what the policy allows."""
     counts: dict[tuple[int, int], int] = {}
     for rows in spent.plans:
         for page in rows.pages:
             key = (int(page["k_bits"]), int(page["v_bits"]))
             if key != (16, 16):
                 counts[key] = counts.get(key, 0) + int(page["tokens"])
-    return max(counts, key=lambda key: counts[key]) if counts else (4, 4)
+    if counts:
+        return max(counts, key=lambda key: counts[key])
+    return min(classes_of(policy), key=lambda pair: (abs(sum(pair) - 8), pair), default=(16, 16))
 
 
 def _ranks(one: Ready, spent: Spent, place: int, capacity: int, *, hold: bool) -> Ranks:

@@ -31,7 +31,7 @@ def check_whole(argument: str, value: object, least: int, expected: str) -> None
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise fail(argument, " or ".join(choices), value)
 
 

@@ -195,7 +195,7 @@ def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: i
 
 def _uniform(ready: Sequence[Ready], policy: Policy, account: Account, budget: int, least_if_over: bool) -> Spent:
     """As many tokens as the budget holds, shared out by the selector, at the richest class that holds as many."""
-    classes = sorted(classes_of(policy), key=lambda pair: (sum(pair), pair))
+    classes = sorted(classes_of(policy), key=lambda pair: (sum(pair), pair)) or [(16, 16)]
 
     def at(chosen: Sequence[tuple[Array, Array]], pair: tuple[int, int]) -> Spent:
         found = [one_class(kept, fixed, pair) for kept, fixed in chosen]
