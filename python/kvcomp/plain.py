@@ -11,6 +11,7 @@ Which classes may come back is decided by the hints, never by the file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ class _Misfit(ValueError):
         super().__init__(f"{where}: expected {getattr(expected, '__name__', expected)}, got {short(got)}")
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any] | None:
     """The constructor's arguments, each an attribute of the same name, with their hints; None for other classes."""
     if cls is Rotation:

@@ -250,7 +250,7 @@ def _check_facts(path: Path, facts: Facts, model: Mapping[str, Any]) -> None:
     coding, layout = facts.coding, facts.coding.layout
     try:
         _C.page_bytes(layout, 16, 16)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise refusal(path, "a page layout that exists", short(tuple(layout))) from error
     for name, value, most in (
         ("coding.rotation", coding.rotation, max(ROTATIONS.values())),

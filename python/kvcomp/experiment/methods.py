@@ -54,9 +54,9 @@ def listed(ratios: Sequence[float], seed: int, rotations: Mapping[str, Rotation]
         for group, policies in _BUDGETED.items():
             for label, policy in policies(ratio, seed).items():
                 found.append(Entry(f"{group} {label} {ratio:g}x", ratio, policy, group, label))
-    for bits in (2, 3, 4, 8):
-        label = f"{bits} bits"
-        found.append(Entry(f"quantize {label}", 1.0, Policy(bits=bits, seed=seed), "quantize", label))
+    plain: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (2, 3, 4, 8)}
+    for label, options in (plain | {"4 bits, search": {"bits": 4, "scale": "search"}}).items():
+        found.append(Entry(f"quantize {label}", 1.0, Policy(seed=seed, **options), "quantize", label))
     for bits in _CODED_BITS:
         for label, changes in coded(rotations).items():
             name = f"{label}, {bits} bits"
