@@ -58,7 +58,7 @@ def encode(value: Any, where: str, arrays: dict[str, Array]) -> Any:
         name = next(known, where)
         arrays[name] = value
         return {"array": name}
-    hints = _hints(type(value))
+    hints = _hints(type(value))  # type: ignore[arg-type]
     if hints is not None:
         fields = {name: encode(getattr(value, name), f"{where}.{name}", arrays) for name in hints}
         return {"class": type(value).__name__, "fields": fields}
