@@ -74,8 +74,8 @@ int numpy_import(void);
 int numpy_tensor(kvc_frame *frame, PyObject *object, const char *name, kvc_tensor *out);
 
 /* Method tables of the module, one a file. */
-extern PyMethodDef ops_cache_methods[];  /* ops_cache.c: pack, unpack, append, attend, sizes of the format */
-extern PyMethodDef ops_policy_methods[]; /* ops_policy.c: score, select, share, pyramid, plan */
+extern PyMethodDef ops_cache_methods[];  /* ops_cache.c: pack .. attend, rotate, sizes of the format */
+extern PyMethodDef ops_policy_methods[]; /* ops_policy.c: score .. plan, shrink */
 extern PyMethodDef module_methods[];     /* module.c: backend, threads, version */
 /* A new uint32 array of n elements and its memory. */
 PyObject *numpy_uint32(Py_ssize_t n, uint32_t **data);

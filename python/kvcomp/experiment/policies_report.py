@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .policies_results import goals
+
 Results = Mapping[str, Any]
 Row = tuple[str, ...]
 NOTHING = "-"
@@ -96,16 +98,26 @@ def coding_rows(found: Results) -> tuple[Row, list[Row]]:
     return (f"coding, {' / '.join(bits)} bits", *_CODING, "needles, %"), rows
 
 
-def goal_lines(found: Results) -> list[str]:
-    """The goals, one sentence each."""
-    words = {True: "met", False: "missed", None: "not measured"}
-    lines = []
-    for goal in found["goals"]:
-        line = f"{goal['goal']}: {words[goal['met']]}"
+_WORDS = {True: "met", False: "missed", None: "not measured"}
+
+
+def goal_rows(found: Results) -> tuple[Row, list[Row]]:
+    """Header and rows: every goal, its limit, and what was measured, with its 95 % interval."""
+    rows: list[Row] = []
+    for goal in goals(found):
+        measured = NOTHING
         if goal["measured"] is not None:
             low, high = goal["ci95"]
-            line += f" ({100 * goal['measured']:.2f} % [{low:.2%}, {high:.2%}], limit {100 * goal['limit']:g} %)"
-        lines.append(line)
+            measured = f"{100 * goal['measured']:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+        gained = goal["limit"] == 0
+        limit = "at least 0 % gained" if gained else f"at most {100 * goal['limit']:g} % lost"
+        rows.append((goal["goal"], limit, measured, _WORDS[goal["met"]]))
+    return ("goal", "accuracy", "measured", ""), rows
+
+
+def goal_lines(found: Results) -> list[str]:
+    """The goals, one sentence each, and what no budget could be met with."""
+    lines = [f"{goal}: {met}: {measured}, {limit}" for goal, limit, measured, met in goal_rows(found)[1]]
     for entry in found["infeasible"]:
         ratio = "" if entry["target_ratio"] is None else f" at {entry['target_ratio']:g}x"
         lines.append(f"{entry['group']} {entry['method']}{ratio}: infeasible, {entry['least_ratio']:g}x is the most")
@@ -126,7 +138,7 @@ def _number(entry: Results, name: str, form: str, times: float = 1) -> str:
     return NOTHING if value is None else f"{times * value:{form}}"
 
 
-ROWS = {"policies": method_rows, "policies_gain": gain_rows, "coding": coding_rows}
+ROWS = {"policies": method_rows, "policies_gain": gain_rows, "coding": coding_rows, "policies_goals": goal_rows}
 
 TITLES = {
     "policies": "accuracy, aware / agnostic, %",

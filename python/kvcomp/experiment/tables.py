@@ -13,6 +13,7 @@ from . import policies_report, report
 from .report import markdown
 
 _POLICIES = Path("experiments/results/policies.json")
+_FRESH = Path("experiments/results/policies_seed6000.json")  # the best single methods of the former on other prompts
 
 # Name of a table -> the results file it is made from, that file's kind, and the rows it shows.
 SOURCES = {
@@ -20,7 +21,8 @@ SOURCES = {
     "quality_fresh": (Path("experiments/results/tiny_quality_seed1000.json"), "quality", "quality"),
     "tasks": (Path("experiments/results/tiny_quality.json"), "quality", "tasks"),
     "attend": (Path("experiments/results/cpu/attend.json"), "attend", "attend"),
-    **{name: (_POLICIES, "quality", name) for name in policies_report.ROWS},
+    **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_gain", "coding")},
+    **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
 }
 ROWS = {**report.ROWS, **policies_report.ROWS}
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
