@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .policies_results import goals
@@ -30,6 +30,15 @@ def method_rows(found: Results) -> tuple[Row, list[Row]]:
 
     Fixed bits stand in the column whose ratio is the nearest to theirs, which the row names.
     """
+    return _by_method(found, _modes)
+
+
+def text_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same with what held-out text says: perplexity / KL / top-1 agreement in percent / attention error."""
+    return _by_method(found, _on_text)
+
+
+def _by_method(found: Results, show: Callable[[Results], str]) -> tuple[Row, list[Row]]:
     shown = [entry for entry in found["summary"] if entry["group"] in _GROUPS]
     left_out = [entry for entry in found["infeasible"] if entry["group"] in _GROUPS]
     ratios = sorted({entry["target_ratio"] for entry in [*shown, *left_out] if entry["target_ratio"]})
@@ -42,10 +51,10 @@ def method_rows(found: Results) -> tuple[Row, list[Row]]:
                 label += f" ({entry['ratio']:.2f}x)"
                 ratio = min(ratios, key=lambda r: abs(math.log(r / entry["ratio"])), default=0.0)
             cells = rows.setdefault((_GROUPS[group], label), {})
-            cells[ratio] = f"at most {entry['least_ratio']:.2f}x" if "least_ratio" in entry else _modes(entry)
+            cells[ratio] = f"at most {entry['least_ratio']:.2f}x" if "least_ratio" in entry else show(entry)
     header = ("spends", "method", *(f"{ratio:g}x" for ratio in ratios))
     body = [(*name, *(cells.get(ratio, NOTHING) for ratio in ratios)) for name, cells in rows.items()]
-    return header, [("bf16", "", *(_modes(base) for _ in ratios)), *body]
+    return header, [("bf16", "", *(show(base) for _ in ratios)), *body]
 
 
 def gain_rows(found: Results) -> tuple[Row, list[Row]]:
@@ -128,6 +137,11 @@ def _modes(entry: Results) -> str:
     return " / ".join(_accuracy(entry, mode).removesuffix(" %") for mode in ("aware", "agnostic"))
 
 
+def _on_text(entry: Results) -> str:
+    figures = (("perplexity", ".3f", 1), ("kl", ".4f", 1), ("top1_agreement", ".1f", 100), (_ERRORS[0][0], ".3f", 1))
+    return " / ".join(_number(entry, *figure) for figure in figures)
+
+
 def _accuracy(entry: Results, mode: str) -> str:
     accuracy = entry["accuracy"][mode]
     return f"{100 * accuracy['accuracy']:.1f} %" if accuracy else NOTHING
@@ -138,10 +152,17 @@ def _number(entry: Results, name: str, form: str, times: float = 1) -> str:
     return NOTHING if value is None else f"{times * value:{form}}"
 
 
-ROWS = {"policies": method_rows, "policies_gain": gain_rows, "coding": coding_rows, "policies_goals": goal_rows}
+ROWS = {
+    "policies": method_rows,
+    "policies_text": text_rows,
+    "policies_gain": gain_rows,
+    "coding": coding_rows,
+    "policies_goals": goal_rows,
+}
 
 TITLES = {
     "policies": "accuracy, aware / agnostic, %",
+    "policies_text": "held-out text: perplexity / KL / top-1, % / attention error",
     "policies_gain": "the joint plan beside the best single method",
     "coding": "ways of coding rows",
 }

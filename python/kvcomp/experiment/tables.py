@@ -21,7 +21,7 @@ SOURCES = {
     "quality_fresh": (Path("experiments/results/tiny_quality_seed1000.json"), "quality", "quality"),
     "tasks": (Path("experiments/results/tiny_quality.json"), "quality", "tasks"),
     "attend": (Path("experiments/results/cpu/attend.json"), "attend", "attend"),
-    **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_gain", "coding")},
+    **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_text", "policies_gain", "coding")},
     **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
 }
 ROWS = {**report.ROWS, **policies_report.ROWS}
