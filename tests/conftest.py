@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import signal
 
 import pytest
+
+# A suite started in the background inherits an ignored SIGINT, and so would the programs whose Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache
