@@ -221,8 +221,10 @@ def test_room_that_cannot_be_made_is_an_error_and_leaves_a_sound_cache() -> None
     packed = compress_prompt(inputs(s=1000), Policy(target_ratio=5, decode="hold"))
     before = [layer.lists[:, TOKENS].copy() for layer in packed.layers]
     packed.hold_bytes = 1000
-    with pytest.raises(BudgetError):
+    sentence = r"^append: budget: expected at least \d+ bytes, which tails and pages that stay take, got 1000 bytes$"
+    with pytest.raises(BudgetError, match=sentence) as caught:
         step(packed, np.random.default_rng(0))
+    assert 1000 < caught.value.least_bytes <= packed.nbytes
     check_state(packed)
     for layer, tokens in zip(packed.layers, before, strict=True):
         assert (layer.lists[:, TOKENS] == tokens).all() and (layer.lists[:, TAIL_TOKENS] > 0).all()

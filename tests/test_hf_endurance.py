@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import kvcomp  # noqa: E402
 from kvcomp import Policy  # noqa: E402
 from kvcomp.hf import state  # noqa: E402
+from kvcomp.hold import least_held  # noqa: E402
 from kvcomp.layer_input import LayerInput  # noqa: E402
 from kvcomp.store import PackedLayer  # noqa: E402
 from test_hf_generate import GREEDY, padded, snapshot  # noqa: E402
@@ -210,6 +211,32 @@ def test_a_prompt_of_one_token(model: Any, name: str) -> None:
     out = model.generate(tokens(2, 2), past_key_values=cache, **GREEDY | {"max_new_tokens": 80})
     assert out.shape == (2, 82) and cache.get_seq_length() == 81
     assert sum(cache.ledger().values()) == cache.nbytes
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [1, 0, 1, 1, 0], [0, 0, 0]])
+def test_a_held_budget_goes_with_its_sequences(model: Any, chosen: list[int]) -> None:
+    """Sequences of 1200 and 200 tokens: each takes its tokens' share along, or what decoding needs at least; the bytes
+    are inside of it at once, and stay there."""
+    ids, mask = tokens(2, 1200), torch.ones(2, 1200, dtype=torch.long)
+    mask[1, :1000] = 0
+    cache = kvcomp.Cache(model.config, HOLD)
+    decode(model, cache, ids, 1200, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0))
+    packed = cache._state.packed
+    held, kept = packed.hold_bytes, packed.layers[0].tokens[0]
+    cache.batch_select_indices(torch.tensor(chosen))
+    share = held * int(mask[chosen].sum()) // 1400
+    assert packed.hold_bytes == share or (
+        chosen == [1] and share < least_held(packed.layers) <= packed.hold_bytes < held
+    )
+    assert cache.nbytes <= packed.hold_bytes
+    if chosen == [0]:
+        assert packed.layers[0].tokens[0] >= 0.95 * kept
+    mask = mask[chosen]
+    for _ in range(100):
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], 1)
+        with torch.no_grad():
+            model(ids[:1, :1].expand(len(mask), 1), attention_mask=mask, past_key_values=cache)
+        assert cache.nbytes <= packed.hold_bytes
 
 
 def test_an_empty_batch(model: Any) -> None:

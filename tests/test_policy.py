@@ -67,6 +67,9 @@ def test_wrong_budgets(fields: dict[str, Any], sentence: str) -> None:
         ({"window": -3}, "window: expected 0 or more, got -3"),
         ({"window": "3"}, "window: expected 0 or more, got '3'"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"seed": 2**63}, f"seed: expected at most {2**63 - 1}, got {2**63}"),
+        ({"sinks": 2**31}, f"sinks: expected at most {2**31 - 1}, got {2**31}"),
+        ({"window": 2**24 + 1}, f"window: expected at most {2**24}, got {2**24 + 1}"),
         ({"rotation": "fourier"}, "rotation: expected hadamard or none, got 'fourier'"),
         ({"scale": "max"}, "scale: expected sigma or minmax or search, got 'max'"),
         ({"group": 8}, "group: expected a multiple of 16, got 8"),
@@ -109,6 +112,8 @@ def test_wrong_fields(fields: dict[str, Any], sentence: str) -> None:
         {"granularity": "layer"},
         {"decode": "hold"},
         {"drop": False},
+        {"importance_temperature": 0.5},
+        {"calibration_tokens": 64},
         {"layer_weights": (1, 2)},
     ],
 )
@@ -117,6 +122,13 @@ def test_fixed_bits_leave_nothing_to_plan(fields: dict[str, Any]) -> None:
         for prefill in ("joint", "layerwise"):
             with pytest.raises(ValueError, match=rf"^policy: {next(iter(fields))}: expected a byte budget "):
                 Policy(**budget, **fields, prefill=prefill)
+
+
+@pytest.mark.parametrize("budget", [{"bits": 4}, {"target_ratio": 4}])
+def test_only_what_is_held_decays(budget: dict[str, Any]) -> None:
+    sentence = r"^policy: decay: expected decode='hold' beside it \(elsewhere nothing is evicted\), got 0.5$"
+    with pytest.raises(ValueError, match=sentence):
+        Policy(**budget, decay=0.5)
 
 
 @pytest.mark.parametrize("fields", [{"granularity": "head"}, {"granularity": "layer"}, {"guard": 0.5}, {"drop": False}])
@@ -176,6 +188,7 @@ def test_what_goes_together(fields: dict[str, Any]) -> None:
         (PyramidKV, {"keep": None}, "select.keep: expected a fraction to share out over the layers, got None"),
         (PyramidKV, {"beta": 0.9}, "select.beta: expected 1 or more, got 0.9"),
         (PyramidKV, {"beta": math.nan}, "select.beta: expected 1 or more, got nan"),
+        (PyramidKV, {"beta": math.inf}, "select.beta: expected 1 or more, got inf"),
         (Hybrid, {"keep": None}, "select.keep: expected a fraction to share out over the layers, got None"),
         (Hybrid, {"min_tokens": -1}, "select.min_tokens: expected 0 or more, got -1"),
         (Hybrid, {"base": "snapkv"}, "select.base: expected pyramid or snap, got 'snapkv'"),
@@ -203,6 +216,11 @@ def test_what_goes_together(fields: dict[str, Any]) -> None:
             LayerRatio,
             {"layer_index": 0, "retain_ratio": 1, "priority": math.nan},
             "priority: expected a positive weight, got nan",
+        ),
+        (
+            LayerRatio,
+            {"layer_index": 0, "retain_ratio": 1, "priority": math.inf},
+            "priority: expected a positive weight, got inf",
         ),
     ],
 )

@@ -440,3 +440,16 @@ def test_padding_may_hold_anything() -> None:
     for policy in (Policy(bits=4), Policy(target_ratio=4), Policy(target_ratio=4, select=PyramidKV(window=16))):
         a, b = compress_prompt(clean, policy), compress_prompt(dirty, policy)
         assert all(np.array_equal(x.unpack()[0], y.unpack()[0]) for x, y in zip(a.layers, b.layers, strict=True))
+
+
+def test_layers_of_low_priority_give_up_bytes_first() -> None:
+    def bytes_by_layer(priorities: tuple[float, float, float]) -> list[int]:
+        ratios = tuple(
+            LayerRatio(layer_index=index, retain_ratio=1.0, priority=priority)
+            for index, priority in enumerate(priorities)
+        )
+        select = Hybrid(window=16, model_layers=LAYERS, layer_ratios=ratios)
+        return compress_prompt(inputs(), Policy(target_ratio=6, select=select)).report.bytes_per_layer
+
+    even, uneven = bytes_by_layer((1, 1, 1)), bytes_by_layer((1, 0.01, 100))
+    assert uneven[1] < even[1] and uneven[2] > even[2] and sum(uneven) <= sum(even) * 1.02

@@ -54,13 +54,36 @@ def make_room(packed: Packed, nbytes: int) -> None:
     while (wanted := packed.nbytes + nbytes - packed.hold_bytes) > 0:
         try:
             _shrink(packed, wanted + ahead)
-        except _C.BudgetError:
+        except _C.BudgetError as error:
             if ahead == 0:
-                raise
+                raise _too_little(packed, nbytes, error.least_bytes) from None
             ahead = 0
             continue
         _tidy(packed)
         ahead = 0
+
+
+def _too_little(packed: Packed, nbytes: int, left: int) -> _C.BudgetError:
+    """``left``: bytes of all pages outside of tails, entries included, once those that may go are gone."""
+    may_go = sum(
+        int((_C.page_bytes(layer.coding.layout, int(k), int(v)) + _ENTRY_BYTES) * count)
+        for layer in packed.layers
+        for (k, v), count in _page_counts(layer).items()
+    )
+    least = packed.nbytes + nbytes - (may_go - left)
+    error = _C.BudgetError(
+        f"append: budget: expected at least {least} bytes, which tails and pages that stay take, "
+        f"got {packed.hold_bytes} bytes"
+    )
+    error.least_bytes = least
+    return error
+
+
+def _page_counts(layer: PackedLayer) -> dict[tuple[int, int], int]:
+    """Pages outside of tails, by class."""
+    entries = _units(layer).entries
+    kinds, counts = np.unique(entries["k_bits"].astype(np.int32) * 32 + entries["v_bits"], return_counts=True)
+    return {divmod(int(kind), 32): int(count) for kind, count in zip(kinds, counts, strict=True)}
 
 
 def _tidy(packed: Packed) -> None:

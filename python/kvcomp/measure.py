@@ -106,7 +106,9 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     if layer.queries is not None:
         _, heads, w, _ = layer.queries.shape
         real_queries = np.arange(s - w, s) >= first[:, None]
-        squares = np.where(real_queries[:, None], (to_float32(layer.queries) ** 2).sum(3), 0)
+        # Head by head: H2O brings the queries of the whole prompt.
+        lengths = np.stack([np.square(to_float32(layer.queries[:, head])).sum(2) for head in range(heads)], 1)
+        squares = np.where(real_queries[:, None], lengths, 0)
         seen = real_queries.sum(1)[:, None] * (heads // h)
         query_norm = np.where(seen > 0, squares.reshape(b, h, heads // h * w).sum(2) / np.maximum(seen, 1), query_norm)
     errors = np.zeros((2, b * h, len(BITS)), np.float32)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 8, 16)
 _ALL = 1 << 30  # queries: as many as the prompt has
+_MOST = {"sinks": 2**31 - 1, "window": 1 << 24, "seed": 2**63 - 1}  # csrc/kvcomp/append.h, pack.h
+_PLANNED = (
+    *("guard", "classes", "allocate", "granularity", "decode", "drop"),
+    *("importance_temperature", "calibration_tokens"),
+)
 _CHOICES = {
     "scale": ("sigma", "minmax", "search"),
     "scale_dtype": ("fp16", "e5m3"),
@@ -52,18 +57,18 @@ class Policy:
         importance_temperature: importance is raised to 1 / (2 * temperature) before planning; smaller is sharper. At 1,
             the square root: what the prompt's last queries attend to foretells later ones only roughly.
         calibration_tokens: tokens per KV head from which the distortion at each number of bits is measured.
-        drop: False: a byte budget lowers bits, and drops none of the selected tokens.
+        drop: False: a byte budget lowers bits, and drops none of the selected tokens (decode="hold" may, later).
         allocate: how a byte budget is spent: "plan" (by measured error per byte); "uniform" (one class for all tokens,
             the richest of which as many tokens as possible fit; the selector shares them out); for comparisons "random"
             and "position" (the plan, told random importance, or that newer is more important).
         granularity: what has a number of bits of its own: a "run" of 64 tokens of equal rank, a KV "head", or a
-            "layer". The latter two drop none of the selected tokens.
+            "layer". The latter two drop none of the selected tokens (decode="hold" may, later).
         prefill: "joint" compresses all layers together at the prompt's end, under one plan; "layerwise" compresses a
             layer as soon as it is done, in its share of the bytes, so that no more than one layer is ever uncompressed.
         layer_weights: shares of the layers with "layerwise" (None: equal, or as the selector shares tokens out).
         decode: "grow": new tokens add bytes, at the bits that the plan gave their rank when they leave the 16-bit
             window; "hold": the byte budget is held for good, by evicting the least important and lowering bits.
-        decay: of accumulated importance from one observation (16 queries) to the next while decoding.
+        decay: of a page's importance from one observation (16 queries) to the next, with decode="hold".
     """
 
     bits: int | None = None
@@ -117,8 +122,11 @@ class Policy:
         check_fraction("fraction", self.fraction)
         if self.budget_bytes is not None:
             check_whole("budget_bytes", self.budget_bytes, 1, "1 or more bytes")
-        for name in ("sinks", "window", "seed"):
-            check_whole(name, getattr(self, name), 0, "0 or more")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            check_whole(name, value, 0, "0 or more")
+            if value > most:
+                raise _fail(name, f"at most {most}", value)
         if self.select is not None and not isinstance(self.select, Selector):
             raise _fail("select", "a selector or None", self.select)
         if not isinstance(self.rotation, Rotation):
@@ -142,10 +150,12 @@ class Policy:
     def _check_combinations(self) -> None:
         """What one argument asks for and another one rules out."""
         if self.fixed_class is not None:
-            for name in ("guard", "classes", "allocate", "granularity", "decode", "drop"):
+            for name in _PLANNED:
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 if value != default:
                     raise _fail(name, "a byte budget beside it (fixed bits leave nothing to plan)", value)
+        if self.decode != "hold" and self.decay != type(self).__dataclass_fields__["decay"].default:
+            raise _fail("decay", "decode='hold' beside it (elsewhere nothing is evicted)", self.decay)
         if self.decode == "hold" and self.classes is not None and all(min(pair) == 16 for pair in self.classes):
             raise _fail("classes", "one of fewer than 16 bits with decode='hold' (16-bit tokens stay)", self.classes)
         if self.allocate == "uniform":

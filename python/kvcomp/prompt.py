@@ -162,8 +162,8 @@ class Compressor:
         turns = self._turns(index)
         if turns is not None:
             keys, values = rotated(layer.keys, turns[0]), rotated(layer.values, turns[1])
-            queries = None if layer.queries is None else rotated(layer.queries, turns[0])
-            layer = LayerInput(keys, values, queries, None, layer.first, layer.scale, layer.softcap)
+            # Of the queries only the norms are used from here on, which rotation keeps.
+            layer = LayerInput(keys, values, layer.queries, None, layer.first, layer.scale, layer.softcap)
         tables = None
         if pair is None:
             tables = distortion_of(layer, self._coding, policy.calibration_tokens, index)
@@ -257,10 +257,9 @@ class Compressor:
         ranks = None
         if policy.fixed_class is None:
             ranks = _ranks(one, spent, place, table.shape[1], hold=policy.decode == "hold")
-            aged = np.where(ranks.kind[:, :1, 0] > 0, ranks.kind[:, 0], aged)
-            last = (ranks.kind[:, :, 0] > 0).sum(1)  # until attention has been observed: the least class
-            some = last > 0
-            aged[some] = ranks.kind[some, last[some] - 1]
+            classes = (ranks.kind[:, :, 0] > 0).sum(1)
+            some = classes > 0  # until attention has been observed: the least class
+            aged[some] = ranks.kind[some, classes[some] - 1]
         layer = PackedLayer(
             self._arena, self._coding, table, rows.states, heads=heads, layer=one.index, aged=aged,
             window=policy.kept_window, ranks=ranks, rotation=self._turns(one.index), decay=policy.decay,

@@ -156,7 +156,7 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         if self.keep is None:
             raise fail("select.keep", "a fraction to share out over the layers", None)
-        if not self.beta >= 1:
+        if not 1 <= self.beta < float("inf"):
             raise fail("select.beta", "1 or more", self.beta)
 
 
@@ -171,7 +171,7 @@ class LayerRatio:
     def __post_init__(self) -> None:
         check_whole("layer_index", self.layer_index, 0, "0 or more")
         check_fraction("retain_ratio", self.retain_ratio)
-        if not self.priority > 0:
+        if not 0 < self.priority < float("inf"):
             raise fail("priority", "a positive weight", self.priority)
 
 
@@ -197,7 +197,7 @@ class Hybrid(SnapKV):
             raise fail("select.keep", "a fraction to share out over the layers", None)
         check_whole("select.min_tokens", self.min_tokens, 0, "0 or more")
         check_choice("select.base", self.base, ("pyramid", "snap"))
-        if not self.beta >= 1:
+        if not 1 <= self.beta < float("inf"):
             raise fail("select.beta", "1 or more", self.beta)
         indices = [ratio.layer_index for ratio in self.layer_ratios]
         if sorted(set(indices)) != indices:

@@ -132,20 +132,19 @@ def _pages(one: Ready, bits: tuple[Array, Array], fixed: Array, policy: Policy) 
     return paged(*bits, fixed, rank)
 
 
+def _sharpened(one: Ready, policy: Policy) -> Array:
+    """(lists, s) float32: what a unit of error on each token weighs."""
+    weight = one.importance.reshape(one.kept.shape).astype(np.float64) ** exponent(policy) * one.priority
+    return np.minimum(weight, np.finfo(np.float32).max).astype(np.float32)
+
+
 # ---- by measured error per byte
 
 
 def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: int, least_if_over: bool) -> Spent:
     """Runs plan until what the arena will really take fits the budget."""
     s = ready[0].layer.shape[2]
-    sharp = np.concatenate(
-        [
-            (one.importance.reshape(one.kept.shape).astype(np.float64) ** exponent(policy) * one.priority).astype(
-                np.float32
-            )
-            for one in ready
-        ]
-    )
+    sharp = np.concatenate([_sharpened(one, policy) for one in ready])
     tables = [one.tables for one in ready if one.tables is not None]
     distortion_k, distortion_v, drop = (np.concatenate(parts) for parts in zip(*tables, strict=True))
     kept, fixed = np.concatenate([one.kept for one in ready]), np.concatenate([one.fixed for one in ready])

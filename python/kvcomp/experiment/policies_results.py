@@ -15,7 +15,6 @@ from .methods import AUTOMATIC, BASELINE, SINGLE, Entry
 Parts = Mapping[str, Any]  # of one method, by unit: "task/family/mode/seed/method" or "text/number/method"
 _MODES = {"aware": ("aware",), "agnostic": ("agnostic",), "all": ("aware", "agnostic")}
 _ERRORS = ("attention_output_error", "attention_output_error_of_dropping", "attention_output_error_of_quantizing")
-# What is asked for, of which method, in which mode; and the largest drop of accuracy against bf16.
 # What was asked for: words, the method (group, label, ratio), mode, largest accuracy drop.
 _GOALS: tuple[tuple[str, tuple[str, str, float | None], str, float], ...] = (
     ("4 bits, every token kept", ("quantize", "4 bits", None), "all", 0.005),

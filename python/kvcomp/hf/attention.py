@@ -1,9 +1,9 @@
 """The attention and mask functions that transformers knows as "kvcomp".
 
 A packed layer's `update` hands on the new rows as fresh views that carry the layer itself; the attention function reads
-it from `key`. The first pass over a prompt goes to the implementation that was set before, and the layer keeps K, V and
-the last queries for compression; later passes append to and attend over the packed bytes. Without a packed layer both
-functions are the ones that were set before, so that plain generation is unchanged.
+it from `key`. The first pass over a prompt goes to the implementation that was set before, and the layer is then
+measured and compressed, at once or with all others; later passes append to and attend over the packed bytes. Without a
+packed layer both functions are the ones that were set before, so that plain generation is unchanged.
 """
 
 import sys

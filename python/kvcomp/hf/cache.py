@@ -1,5 +1,5 @@
-"""kvcomp.Cache: a transformers Cache whose layers are packed at the end of the first pass over a prompt, under one byte
-budget for all of them, and are attended over as they are from then on."""
+"""kvcomp.Cache: a transformers Cache whose layers are packed in the first pass over a prompt, under one byte budget for
+all of them, and are attended over as they are from then on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +76,7 @@ class PackedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._state.packed is None
 
     def first(self, queries: torch.Tensor, real: torch.Tensor | None, scale: float, softcap: float) -> None:
-        """The attention over the prompt has run: K, V and the last queries (b,hq,w,d) are kept for compression."""
+        """The attention over the prompt has run with queries (b,hq,s,d): the layer is measured for compression."""
         self._state.first(self.index, queries, real, scale, softcap)
 
     def later(self, queries: torch.Tensor, real: torch.Tensor | None, scale: float, softcap: float) -> torch.Tensor:
@@ -140,9 +140,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     "kvcomp", which does what was set before wherever no packed cache is used.
     policy: the byte budget and how to meet it.
 
-    The first pass is over a prompt of any length, left-padded where the sequences differ; all its layers are compressed
-    together when the last one has run. Later passes, of one row or many, append to the packed bytes and attend over
-    them.
+    The first pass is over a prompt of any length, left-padded where the sequences differ; its layers are compressed
+    together when the last one has run, or (policy.prefill="layerwise") each when it has. Later passes, of one row or
+    many, append to the packed bytes and attend over them.
     NotImplementedError, naming it, for everything that the packed cache does not do (kvcomp.hf.support)."""
 
     def __init__(self, config: Any, policy: Policy) -> None:

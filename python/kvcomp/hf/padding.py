@@ -85,6 +85,10 @@ class Padding:
             [kind.repeat_interleave(torch.tensor(runs)) for kind, runs in zip(kinds, self.runs, strict=True)]
         )
 
+    def tokens(self) -> int:
+        """Real tokens of all sequences."""
+        return sum(sum(runs[1::2]) for runs in self.runs)
+
     def select(self, indices: list[int]) -> None:
         """The batch becomes its sequences `indices`, in that order."""
         self.runs = [list(self.runs[index]) for index in indices]

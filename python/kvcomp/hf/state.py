@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import BudgetWarning
-from ..hold import make_room
+from ..hold import least_held, make_room
 from ..layer_input import LayerInput
 from ..packed import Packed, ratio_text
 from ..policy import Policy
@@ -186,12 +186,17 @@ class State:
         if self.packed is None:
             return
         chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        before = self.packed.layers[index].batch
-        self.packed.layers[index].select(chosen.cpu().numpy())
-        if index == 0:
-            if self.packed.hold_bytes is not None and before:  # the budget is one of so many sequences
-                self.packed.hold_bytes = self.packed.hold_bytes * len(chosen) // before
-            self._padding.select(chosen.tolist())
+        packed = self.packed
+        packed.layers[index].select(chosen.cpu().numpy())
+        if index < self.layers - 1:
+            return
+        before = self._padding.tokens()
+        self._padding.select(chosen.tolist())
+        if packed.hold_bytes is not None and before:
+            # Each sequence's share of a held budget is that of its tokens; but no less than decoding needs.
+            share = packed.hold_bytes * self._padding.tokens() // before
+            packed.hold_bytes = max(share, min(packed.hold_bytes, least_held(packed.layers)))
+            make_room(packed, 0)
 
     def saved(self) -> Saved:
         """What a file of this cache holds. RuntimeError for an unused cache, and inside of a forward pass."""
