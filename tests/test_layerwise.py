@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvcomp import AdaKV, BudgetError, Hybrid, Policy, PyramidKV, Rotation, SnapKV, Streaming
+from kvcomp import AdaKV, BudgetError, Hybrid, LayerRatio, Policy, PyramidKV, Rotation, SnapKV, Streaming
 from kvcomp.layer_input import LayerInput
 from kvcomp.prompt import Compressor, compress_prompt
 from test_hf_memory import resettable
@@ -260,3 +260,17 @@ def test_layers_come_one_by_one_and_all_of_them() -> None:
     with pytest.raises(ValueError, match=r"^compress: layers: expected 3, got more$"):
         compressor.add(layers[0])
     assert compressor.finish().nbytes > 0
+
+
+def test_priorities_weigh_the_shares() -> None:
+    def shares(middle: float) -> list[int]:
+        ratios = tuple(
+            LayerRatio(layer_index=index, retain_ratio=1.0, priority=middle if index == 1 else 1.0)
+            for index in range(3)
+        )
+        select = Hybrid(window=16, model_layers=3, layer_ratios=ratios)
+        policy = Policy(target_ratio=5, prefill="layerwise", select=select)
+        return compress_prompt(inputs(s=1000), policy).report.bytes_per_layer
+
+    even, uneven = shares(1.0), shares(2.0)
+    assert uneven[1] > 1.3 * even[1] and uneven[2] < even[2]

@@ -131,6 +131,31 @@ def test_only_what_is_held_decays(budget: dict[str, Any]) -> None:
         Policy(**budget, decay=0.5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"bits": 4, "select": SnapKV()},
+            "select.keep: expected a fraction with fixed bits, beside which nothing else limits tokens, got None",
+        ),
+        (
+            {"target_ratio": 4, "select": AdaKV()},
+            "select.keep: expected a fraction with AdaKV, as the plan shares tokens among heads by itself, got None",
+        ),
+        (
+            {"target_ratio": 4, "allocate": "uniform", "importance_temperature": 0.5},
+            "importance_temperature: expected 1 with allocate='uniform', which weighs no errors, got 0.5",
+        ),
+    ],
+)
+def test_what_would_have_no_effect(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Policy(**fields)
+    assert str(raised.value) == f"policy: {sentence}"
+    Policy(target_ratio=4, allocate="uniform", importance_temperature=0.5, decode="hold")
+    Policy(target_ratio=4, allocate="uniform", select=AdaKV())
+
+
 @pytest.mark.parametrize("fields", [{"granularity": "head"}, {"granularity": "layer"}, {"guard": 0.5}, {"drop": False}])
 def test_uniform_has_one_class(fields: dict[str, Any]) -> None:
     name, value = next(iter(fields.items()))
@@ -264,7 +289,6 @@ def test_fixed_class() -> None:
     "policy, window",
     [
         (Policy(bits=4), 0),
-        (Policy(bits=4, select=Full()), 0),
         (Policy(bits=4, select=SnapKV(window=9, keep=0.5)), 9),
         (Policy(bits=4, select=Streaming(keep=0.5)), 0),
         (Policy(target_ratio=4), 32),
@@ -274,10 +298,9 @@ def test_fixed_class() -> None:
         (Policy(bits=2, select=Hybrid(window=5)), 5),
         (Policy(target_ratio=4, select=KeyNorm()), 0),
         (Policy(target_ratio=4, select=Random()), 0),
-        (Policy(target_ratio=4, select=AdaKV(window=6)), 6),
+        (Policy(target_ratio=4, select=AdaKV(window=6, keep=0.5)), 6),
         (Policy(target_ratio=4, select=H2O()), 1 << 30),
         (Policy(bits=4, select=H2O(keep=0.5)), 1 << 30),
-        (Policy(bits=4, select=H2O()), 0),
     ],
 )
 def test_scoring_window(policy: Policy, window: int) -> None:

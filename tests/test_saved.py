@@ -246,7 +246,7 @@ def test_values_that_cannot_come_back_are_refused(tmp_path: Path, model: Any) ->
         more: int = 1
 
     path = tmp_path / "cache.safetensors"
-    cache = filled(model, kvcomp.Policy(bits=4, select=Mine()))
+    cache = filled(model, kvcomp.Policy(bits=4, select=Mine(keep=0.5)))
     with pytest.raises(ValueError, match=r"^save: policy\.select: expected .*, got .*Mine"):
         cache.save(path)
     cache = filled(model, kvcomp.Policy(target_ratio=3, importance_temperature=float("inf")))

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .rotation import Rotation
-from .selectors import AUTOMATIC, H2O, KeyNorm, Random, Selector, Streaming, check_choice, check_fraction, check_whole
+from .selectors import (
+    AUTOMATIC,
+    H2O,
+    AdaKV,
+    KeyNorm,
+    Random,
+    Selector,
+    Streaming,
+    check_choice,
+    check_fraction,
+    check_whole,
+)
 from .selectors import fail as _fail
 
 if TYPE_CHECKING:
@@ -65,7 +76,8 @@ class Policy:
             "layer". The latter two drop none of the selected tokens (decode="hold" may, later).
         prefill: "joint" compresses all layers together at the prompt's end, under one plan; "layerwise" compresses a
             layer as soon as it is done, in its share of the bytes, so that no more than one layer is ever uncompressed.
-        layer_weights: shares of the layers with "layerwise" (None: equal, or as the selector shares tokens out).
+        layer_weights: shares of the layers with "layerwise" (None: equal, or as the selector shares tokens out, by its
+            priorities too).
         decode: "grow": new tokens add bytes, at the bits that the plan gave their rank when they leave the 16-bit
             window; "hold": the byte budget is held for good, by evicting the least important and lowering bits.
         decay: of a page's importance from one observation (16 queries) to the next, with decode="hold".
@@ -154,6 +166,8 @@ class Policy:
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 if value != default:
                     raise _fail(name, "a byte budget beside it (fixed bits leave nothing to plan)", value)
+            if self.select is not None and self.select.keep is None:
+                raise _fail("select.keep", "a fraction with fixed bits, beside which nothing else limits tokens", None)
         if self.decode != "hold" and self.decay != type(self).__dataclass_fields__["decay"].default:
             raise _fail("decay", "decode='hold' beside it (elsewhere nothing is evicted)", self.decay)
         if self.decode == "hold" and self.classes is not None and all(min(pair) == 16 for pair in self.classes):
@@ -163,6 +177,11 @@ class Policy:
                 value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
                 if value != default:
                     raise _fail(name, "the default with allocate='uniform', which has one class for all", value)
+            if self.decode != "hold" and self.importance_temperature != 1:
+                expected = "1 with allocate='uniform', which weighs no errors"
+                raise _fail("importance_temperature", expected, self.importance_temperature)
+        elif self.fixed_class is None and isinstance(self.select, AdaKV) and self.select.keep is None:
+            raise _fail("select.keep", "a fraction with AdaKV, as the plan shares tokens among heads by itself", None)
         if self.layer_weights is not None:
             if self.prefill != "layerwise" or self.fixed_class is not None:
                 raise _fail("layer_weights", "a byte budget and prefill='layerwise' beside it", self.layer_weights)

@@ -195,7 +195,7 @@ class Compressor:
         if self.policy.layer_weights is not None:
             weights = np.asarray(self.policy.layer_weights, np.float64)
         elif select is not None and select.keep is not None:
-            weights = layer_shares(select, self.layers, max(shape[2], 1), 1).astype(np.float64)
+            weights = layer_shares(select, self.layers, max(shape[2], 1), 1) * layer_priorities(select, self.layers)
         else:
             weights = np.ones(self.layers)
         left = self._budget(self._bf16_bytes()) - self._held()
