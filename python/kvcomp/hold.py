@@ -14,10 +14,11 @@ import numpy as np
 from . import _C
 from .layer_input import Array
 from .packed import Packed
+from .ranks import WORTH_BYTES
 from .spend import allowed, exponent
 from .store import PAGE, PAGES, SLAB_BYTES, SPARE_ENTRIES, TAIL_PAGE, Layout, PackedLayer, workspace
 
-_ENTRY_BYTES = PAGE.itemsize + 4
+_ENTRY_BYTES = PAGE.itemsize + WORTH_BYTES
 _TAIL_SPAN = 64 + 16  # tokens that a tail may hold beyond its window
 PAGES_TOGETHER = 4  # pages of class (16, 16) that fill one of another class
 
@@ -27,16 +28,13 @@ def least_held(layers: Sequence[PackedLayer]) -> int:
     total = 0
     for layer in layers:
         layout, n = layer.coding.layout, len(layer.lists)
-        tail, capacity = -(-(layer.window + _TAIL_SPAN) // _C.page_tokens(16, 16)), layer.table.shape[1]
+        tail = -(-(layer.window + _TAIL_SPAN) // _C.page_tokens(16, 16))
         packed = max(_C.page_bytes(layout, int(k), int(v)) for k, v in layer.aged) if n else 0
         kept = 0
         if layer.ranks is not None and layer.ranks.holds:
-            stays = np.isinf(layer.ranks.worth)
-            kept = int(stays.sum()) * _C.page_bytes(layout, 16, 16)
-            capacity = int(stays.sum(1).max(initial=0))
+            kept = int(np.isinf(layer.ranks.worth).sum()) * _C.page_bytes(layout, 16, 16)
         slabs = n * (tail * _C.page_bytes(layout, 16, 16) + packed) + kept + 3 * SLAB_BYTES
-        tables = layer.table_bytes + n * _ENTRY_BYTES * max(0, capacity + tail + 1 + SPARE_ENTRIES - capacity)
-        total += slabs + tables
+        total += slabs + layer.table_bytes + n * _ENTRY_BYTES * (tail + 1 + SPARE_ENTRIES)
     return total
 
 
@@ -65,25 +63,18 @@ def make_room(packed: Packed, nbytes: int) -> None:
 
 def _too_little(packed: Packed, nbytes: int, left: int) -> _C.BudgetError:
     """``left``: bytes of all pages outside of tails, entries included, once those that may go are gone."""
-    may_go = sum(
-        int((_C.page_bytes(layer.coding.layout, int(k), int(v)) + _ENTRY_BYTES) * count)
+    now = sum(
+        (size + _ENTRY_BYTES) * len(members)
         for layer in packed.layers
-        for (k, v), count in _page_counts(layer).items()
+        for size, members in layer.by_size(_units(layer).entries)
     )
-    least = packed.nbytes + nbytes - (may_go - left)
+    least = packed.nbytes + nbytes - (now - left)
     error = _C.BudgetError(
         f"append: budget: expected at least {least} bytes, which tails and pages that stay take, "
         f"got {packed.hold_bytes} bytes"
     )
     error.least_bytes = least
     return error
-
-
-def _page_counts(layer: PackedLayer) -> dict[tuple[int, int], int]:
-    """Pages outside of tails, by class."""
-    entries = _units(layer).entries
-    kinds, counts = np.unique(entries["k_bits"].astype(np.int32) * 32 + entries["v_bits"], return_counts=True)
-    return {divmod(int(kind), 32): int(count) for kind, count in zip(kinds, counts, strict=True)}
 
 
 def _tidy(packed: Packed) -> None:
@@ -187,10 +178,8 @@ def _requantized(layer: PackedLayer, old: Array, number: Array, k_bits: Array, v
     new = np.zeros(count, PAGE)
     new["k_bits"], new["v_bits"] = k_bits, v_bits
     new["tokens"] = np.bincount(number, old["tokens"], minlength=count)
-    kinds = k_bits.astype(np.int32) * 32 + v_bits
-    for kind in np.unique(kinds):
-        members = np.flatnonzero(kinds == kind)
-        new["unit"][members] = layer.arena.alloc(_C.page_bytes(coding.layout, *divmod(int(kind), 32)), len(members))
+    for size, members in layer.by_size(new):
+        new["unit"][members] = layer.arena.alloc(size, len(members))
     # Every new page is a list of its own here: (pages, 1, 64, d).
     shape = (count, 1, 64, coding.layout.head_dim)
     keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

@@ -17,13 +17,10 @@ from .measure import at_random, distortion_of, importance_of, recency
 from .packed import Packed, Report, ratio_text
 from .pages import write_pages
 from .policy import Policy
-from .ranks import LEVELS, Ranks, ladder, page_worth, spread
+from .ranks import WORTH_BYTES, Ranks, ladder, list_bytes, page_worth, spread
 from .rotation import Rotation
 from .spend import LIST_BYTES, Account, Over, Ready, Spent, classes_of, fixed_bits, spend
 from .store import BFLOAT16, FLOAT16, PAGE, ROTATIONS, SCALE_DTYPES, SCALES, Coding, Layout, PackedLayer, rotated
-
-# What Ranks keeps of a list: kind, level, recent; and, where bytes are held, two tables of five and drop.
-_RANKS_BYTES, _HELD_BYTES = LEVELS * (2 + 4) + 8, 44
 
 
 def _half(tensor: Any) -> int:
@@ -132,7 +129,7 @@ class Compressor:
         self._account = Account(layout)
         if policy.fixed_class is None:
             hold = policy.decode == "hold"
-            self._account = Account(layout, PAGE.itemsize + 4 * hold, LIST_BYTES + _RANKS_BYTES + _HELD_BYTES * hold)
+            self._account = Account(layout, PAGE.itemsize + WORTH_BYTES * hold, LIST_BYTES + list_bytes(hold))
         self._arena = _C.Arena()
 
     def _turns(self, index: int) -> tuple[Array, Array] | None:

@@ -19,6 +19,7 @@ from .store import PAGES, TAIL_TOKENS, TOKENS
 LEVELS = 4  # classes that a list's aged tokens may take
 PAGE_TOKENS = 64
 TAIL_PAGES = 4  # 16-bit pages whose tokens become one packed page
+WORTH_BYTES = 4  # of a page's worth, beside its entry in the page table
 WATCHED = 16  # tokens before a page is due, from which on attention is observed
 
 
@@ -108,6 +109,11 @@ class Ranks:
         block[:, 1 - TAIL_PAGES :] = 0
         block[np.arange(len(block)), at[:, 0]] = whole
         self.worth[rows] = block
+
+
+def list_bytes(hold: bool) -> int:
+    """What Ranks takes for each list, the pages' worth apart: kind, level, recent; and, to hold bytes, the tables."""
+    return LEVELS * (2 + 4) + 2 * 4 + ((5 + 5 + 1) * 4 if hold else 0)
 
 
 def ladder(importance: Array, k_bits: Array, v_bits: Array, fixed: Array) -> tuple[Array, Array]:

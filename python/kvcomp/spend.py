@@ -182,8 +182,7 @@ def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: i
         plans = [_pages(one, pair, one.fixed, policy) for pair, one in zip(bits, ready, strict=True)]
         held = account.held(plans)
         if held <= budget or (smallest and least_if_over):
-            copies = [(k.copy(), v.copy()) for k, v in bits]
-            return Spent(plans, copies, [one.fixed for one in ready], least, held > budget)
+            return Spent(plans, bits, [one.fixed for one in ready], least, held > budget)
         if smallest:
             raise Over(held)
         limit = max(limit - (held - budget), 0)  # below 0 it would be none

@@ -161,7 +161,7 @@ class PackedLayer:
         if make_room is not None:  # may evict pages, of this very layer too: what would be refused is refused before
             for name, rows in (("keys", keys), ("values", values)):
                 self._check_finite(name, rows, valid)
-            make_room(self._bytes_needed(added, aged))
+            make_room(self._bytes_needed(tails, flushes, aged))
         classes, index = np.unique(aged, axis=0, return_inverse=True)
         if not len(classes):
             classes = _PLAIN
@@ -226,9 +226,10 @@ class PackedLayer:
         found = np.array(needs, np.int64).reshape(-1, 2)[back.reshape(-1)]
         return found[:, 0], found[:, 1]
 
-    def _bytes_needed(self, added: np.ndarray[Any, Any], aged: np.ndarray[Any, Any]) -> int:
+    def _bytes_needed(
+        self, tails: np.ndarray[Any, Any], flushes: np.ndarray[Any, Any], aged: np.ndarray[Any, Any]
+    ) -> int:
         """Bytes that an append takes at most: new slabs, and a larger table."""
-        tails, flushes = self._needs(added)
         layout = self.coding.layout
         needs: list[int] = [_C.page_bytes(layout, 16, 16) * int(tails.sum())]
         for k, v in np.unique(aged, axis=0):
@@ -236,7 +237,7 @@ class PackedLayer:
             needs.append(_C.page_bytes(layout, int(k), int(v)) * int(flushes[members].sum()))
         slabs = sum(-(-need // SLAB_BYTES) * SLAB_BYTES for need in needs)
         capacity = int(self.lists[:, PAGES].max(initial=0)) + int((tails + flushes).max(initial=0)) + SPARE_ENTRIES
-        entry = PAGE.itemsize + (4 if self.ranks is not None and self.ranks.holds else 0)
+        entry = PAGE.itemsize + (self.ranks.worth.itemsize if self.ranks is not None and self.ranks.holds else 0)
         return slabs + max(0, capacity - int(self.table.shape[1])) * len(self.lists) * entry
 
     def _group_and_new(self, op: str, name: str, rows: Any, most: int | None = None) -> tuple[int, int]:
