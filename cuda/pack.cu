@@ -87,15 +87,15 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
     }
     __syncthreads();
     switch (it.bits) {
-    case 2: write_words<2, KVC_PAGE_TOKENS>(it.words, stage, TILES); break;
-    case 3: write_words<3, KVC_PAGE_TOKENS>(it.words, stage, TILES); break;
-    case 4: write_words<4, KVC_PAGE_TOKENS>(it.words, stage, TILES); break;
-    case 8: write_words<8, KVC_PAGE_TOKENS>(it.words, stage, TILES); break;
+    case 2: write_words<2, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
+    case 3: write_words<3, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
+    case 4: write_words<4, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
+    case 8: write_words<8, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
     default:
         if (it.page_tokens == KVC_TAIL_TOKENS)
-            write_words<16, KVC_TAIL_TOKENS>(it.words, stage, TILES);
+            write_words<16, KVC_TAIL_TOKENS>(it.words, stage, TILES, it.value);
         else
-            write_words<16, KVC_PAGE_TOKENS>(it.words, stage, TILES);
+            write_words<16, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value);
     }
 }
 
@@ -106,15 +106,15 @@ __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
     job it;
     if (!take_job(a, &it)) return;
     switch (it.bits) {
-    case 2: read_words<2, KVC_PAGE_TOKENS>(stage, it.words, TILES); break;
-    case 3: read_words<3, KVC_PAGE_TOKENS>(stage, it.words, TILES); break;
-    case 4: read_words<4, KVC_PAGE_TOKENS>(stage, it.words, TILES); break;
-    case 8: read_words<8, KVC_PAGE_TOKENS>(stage, it.words, TILES); break;
+    case 2: read_words<2, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
+    case 3: read_words<3, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
+    case 4: read_words<4, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
+    case 8: read_words<8, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
     default:
         if (it.page_tokens == KVC_TAIL_TOKENS)
-            read_words<16, KVC_TAIL_TOKENS>(stage, it.words, TILES);
+            read_words<16, KVC_TAIL_TOKENS>(stage, it.words, TILES, it.value);
         else
-            read_words<16, KVC_PAGE_TOKENS>(stage, it.words, TILES);
+            read_words<16, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value);
     }
     __syncthreads();
     const float mid = kvc_mid(it.bits);

@@ -1,0 +1,44 @@
+/* divide.h: the work of attend, divided over a GPU's multiprocessors by bytes, for all layers of a step in one launch.
+ *
+ * Every layer's lists lie one behind the other: list 0's pages, list 1's, ... A block of attend takes a run of them,
+ * from (first list, first page) up to (end list, end page); runs follow each other without a gap, and a list's last run
+ * ends where the list ends when attend runs: appends in between make a division less even, never wrong. What a block
+ * costs is the bytes of its pages, and a charge for every further list that it begins.
+ *
+ * A division is `w` int32 words a layer, w = kvc_divide_words:
+ *   word 0: blocks; 1: lists; 2, 3: 0
+ *   kvc_run [blocks]: the blocks' runs
+ *   kvc_share [lists]: which blocks a list's pages lie in
+ * Errors: ESHAPE, EDTYPE, EDEVICE, EINVAL. CUDA only: the CPU's attend divides by itself. */
+#pragma once
+#include "format.h"
+#include "kvcomp.h"
+
+typedef struct {
+    int32_t first_list, first_page, end_list, end_page; /* end_page 0: up to the end of list end_list - 1 */
+} kvc_run;
+
+typedef struct {
+    int32_t first_block, blocks; /* at least one block, also for an empty list */
+    int32_t fixed_pages;         /* pages that appends leave as they are: those before the tail */
+    int32_t reserved;
+} kvc_share;
+
+typedef struct {
+    kvc_tensor divisions; /* out (l,w) int32, 16-byte aligned rows: w a multiple of 4 */
+    kvc_tensor tables;    /* in  (l,n,c) uint64: kvc_page */
+    kvc_tensor lists;     /* in  (l,n,4) int32: kvc_list */
+    kvc_layout layout;
+} kvc_divide_args;
+
+typedef kvc_status kvc_divide_fn(const kvc_divide_args *args, kvc_stream stream);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+kvc_divide_fn kvc_divide_cuda;
+/* Words of a layer's division of n lists on this CUDA device; 0 for a device that is none. */
+int64_t kvc_divide_words(int64_t n, int device);
+#ifdef __cplusplus
+}
+#endif
