@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 #include "common.cuh"
-#include "kvcomp/pack.h"
+#include "memory.cuh"
 
 static int driver_version(void) {
     int version = 0;
@@ -31,7 +31,7 @@ static const char *device_name(int device, int *compute_capability) {
     return "";
 }
 
-static int device_count(const char **why) {
+int kvc_device_count(const char **why) {
     static thread_local char sentence[512];
     int count = 0, best = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
@@ -73,8 +73,30 @@ kvc_status kvc_cuda_fail(const char *op, cudaError_t error) {
 
 extern "C" __attribute__((visibility("default"))) const kvc_backend *kvc_cuda_backend(void) {
     static const kvc_backend table = {
-        KVC_BACKEND_API, KVC_FORMAT_VERSION, KVC_CUDA_ARCHS, device_count,  runtime_version,
-        driver_version,  device_name,        kvc_last_error, kvc_pack_cuda, kvc_unpack_cuda,
+        .api_version = KVC_BACKEND_API,
+        .format_version = KVC_FORMAT_VERSION,
+        .architectures = KVC_CUDA_ARCHS,
+        .device_count = kvc_device_count,
+        .runtime_version = runtime_version,
+        .driver_version = driver_version,
+        .device_name = device_name,
+        .error = kvc_last_error,
+        .pack = kvc_pack_cuda,
+        .unpack = kvc_unpack_cuda,
+        .append = kvc_append_cuda,
+        .attend = kvc_attend_cuda,
+        .attend_workspace = kvc_attend_workspace_cuda,
+        .divide = kvc_divide_cuda,
+        .divide_words = kvc_divide_words,
+        .score = kvc_score_cuda,
+        .norms = kvc_norms_cuda,
+        .accumulate = kvc_accumulate_cuda,
+        .select = kvc_select_cuda,
+        .memory_reserve = kvc_memory_reserve,
+        .memory_commit = kvc_memory_commit,
+        .memory_release = kvc_memory_release,
+        .memory_unreserve = kvc_memory_unreserve,
+        .memory_copy = kvc_memory_copy,
     };
     return &table;
 }

@@ -1,77 +1,49 @@
 /* pack.cu: kvc_pack_cuda and kvc_unpack_cuda (pack.h). Compiled without contraction: the bytes are the CPU's.
  *
- * One block of 4 warps takes one half (K or V) of one page. A row of d channels belongs to 4 lanes, each with 4
- * neighbouring channels of every 16: the Hadamard stages of stride 1 and 2 and of 16 and more then stay inside a lane
- * (4 and 8: one shuffle each), four channels are one Philox block, and a warp holds the 8 rows of a tile's half. Codes
- * pass through shared memory, where every lane of the page's format finds its 8 elements of a tile side by side; 4
- * codes of 8 bits in a word become a word of packed codes by one shift.
+ * pack_fast.cuh has the common case. Here, for all others: one block of 4 warps takes one half (K or V) of one page. A
+ * row of d channels belongs to 4 lanes, each with 4 neighbouring channels of every 16: the Hadamard stages of stride 1
+ * and 2 and of 16 and more then stay inside a lane (4 and 8: one shuffle each), four channels are one Philox block, and
+ * a warp holds the 8 rows of a tile's half. Codes pass through shared memory, where every lane of the page's format
+ * finds its 8 elements of a tile side by side; 4 codes of 8 bits in a word become a word of packed codes by one shift.
  *
  * Entries that name memory outside the arena or the tensors are skipped, so that a wrong page table can cost values but
  * never the device. The caller checks tables on the host (pack.h). */
+#include "pack_fast.cuh"
+#include "pack_host.cuh"
 #include "pack_stage.cuh"
+#include "pack_steps.cuh"
 
 namespace {
 
-/* ---- scales and zeros, rounded already, as bytes and back */
+/* ---- kernels */
 
-template <int STEP> __device__ void put_step(uint8_t *to, float scale, float zero, bool zero_point) {
-    if constexpr (STEP == KVC_STEP_E5M3) {
-        const uint32_t pair = kvc_e5m3_pair(scale, zero);
-        if (zero_point)
-            *(uint16_t *)to = (uint16_t)pair;
-        else
-            *to = (uint8_t)pair;
-    } else {
-        const uint32_t low = __half_as_ushort(__float2half_rn(scale)), high = __half_as_ushort(__float2half_rn(zero));
-        if (zero_point)
-            *(uint32_t *)to = low | high << 16;
-        else
-            *(uint16_t *)to = (uint16_t)low;
-    }
-}
-
-/* A symmetric layout's zero stays as it is. */
-template <int STEP> __device__ void get_step(float &scale, float &zero, const uint8_t *from, bool zero_point) {
-    if constexpr (STEP == KVC_STEP_E5M3) {
-        scale = kvc_e5m3_to_float(from[0]);
-        if (zero_point) zero = kvc_e5m3_zero(scale, from[1]);
-    } else {
-        scale = kvc_cuda_half_to_float(((const uint16_t *)from)[0], KVC_FLOAT16);
-        if (zero_point) zero = kvc_cuda_half_to_float(((const uint16_t *)from)[1], KVC_FLOAT16);
-    }
-}
-
-/* ---- kernels; STEP is the layout's scale_dtype */
-
-template <int TILES, int GROUPS, bool SEARCH, int STEP>
+template <int TILES, int GROUPS, bool SEARCH>
 __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
     pack_kernel(const __grid_constant__ call a, const __grid_constant__ grouping g) {
     __shared__ uint4 stage[KVC_PAGE_TOKENS * TILES * KVC_TILE * 2 / sizeof(uint4)];
     job it;
-    if (!take_job(a, &it)) return;
-    if (STEP == KVC_STEP_E5M3) clear_padding(a, it);
+    if (!take_job(a, &it, blockIdx.y)) return;
+    const bool e5m3 = a.layout.scale_dtype == KVC_STEP_E5M3;
+    if (e5m3) clear_padding(a, it);
+    if (it.bits == 16) {
+        pack_sixteen<TILES>(stage, a, it);
+        return;
+    }
     const int lane = threadIdx.x & 31;
     const float most = 2.0f * kvc_mid(it.bits);
-    for (int first = 0; first < it.page_tokens; first += THREADS / 4) {
+    for (int first = 0; first < KVC_PAGE_TOKENS; first += THREADS / 4) {
         const int row = first + threadIdx.x / 4;
         const spots to(it.value, row);
         const int token = row < it.page.tokens ? it.tokens[row] : -1;
         const bool valid = token >= 0 && token < a.s;
         float x[TILES][4] = {};
         if (valid) load_row<TILES>(x, it.base + token * it.stride, a.half[it.value].dtype, a.half[it.value].vectors);
-        if (a.rotation == KVC_ROTATE_HADAMARD || it.bits < 16) clamp_row<TILES>(x);
-        if (a.rotation == KVC_ROTATE_HADAMARD) rotate_row<TILES>(x);
-        if (it.bits == 16) {
-            uint2 halves[TILES];
-            pack_halves<TILES>(halves, x, a.layout.half);
-            if (row < it.page_tokens) /* pages of 16 tokens are half a pass */
-#pragma unroll
-                for (int j = 0; j < TILES; j++) stage_put((uint16_t *)stage, to, j, halves[j]);
-            continue;
-        }
+        clamp_row<TILES>(x);
+        row_facts facts;
+        if (a.rotation == KVC_ROTATE_HADAMARD) rotate_exactly<TILES, GROUPS>(x, facts, a.layout.zero_point);
         affine<GROUPS> scales;
-        fit<TILES, GROUPS, SEARCH, STEP>(scales, x, a, g, it.bits);
-        const encoder<GROUPS> encode(scales, g);
+        fit<TILES, GROUPS, SEARCH>(scales, x, a, g, it.bits, facts);
+        const encoder<GROUPS> encode(scales, g, facts.factor);
         /* No token: zeros all the way, and around a middle of 0 their code and its bytes are 0 too. */
         const float mid = valid ? kvc_mid(it.bits) : 0.0f;
         if (it.value)
@@ -81,8 +53,11 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
 #pragma unroll
         for (int k = 0, group = 0; k < GROUPS; k++) {
             if (!begins<GROUPS>(g, k) || lane & 3) continue;
-            put_step<STEP>(it.scales + kvc_scale_offset(&a.layout, it.page_tokens, group++, row), scales.scale[k],
-                           scales.zero[k], a.layout.zero_point);
+            uint8_t *step = it.scales + kvc_scale_offset(&a.layout, KVC_PAGE_TOKENS, group++, row);
+            if (e5m3)
+                put_step<KVC_STEP_E5M3>(step, scales.scale[k], scales.zero[k], a.layout.zero_point);
+            else
+                put_step<KVC_STEP_FP16>(step, scales.scale[k], scales.zero[k], a.layout.zero_point);
         }
     }
     __syncthreads();
@@ -91,11 +66,7 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
     case 3: write_words<3, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
     case 4: write_words<4, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
     case 8: write_words<8, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value); break;
-    default:
-        if (it.page_tokens == KVC_TAIL_TOKENS)
-            write_words<16, KVC_TAIL_TOKENS>(it.words, stage, TILES, it.value);
-        else
-            write_words<16, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value);
+    default: break;
     }
 }
 
@@ -104,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
     unpack_kernel(const __grid_constant__ call a, const __grid_constant__ grouping g) {
     __shared__ uint4 stage[KVC_PAGE_TOKENS * TILES * KVC_TILE * 2 / sizeof(uint4)];
     job it;
-    if (!take_job(a, &it)) return;
+    if (!take_job(a, &it, blockIdx.y)) return;
     switch (it.bits) {
     case 2: read_words<2, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
     case 3: read_words<3, KVC_PAGE_TOKENS>(stage, it.words, TILES, it.value); break;
@@ -166,13 +137,6 @@ kvc_status check_devices(const char *op, const named *tensors, int count) {
     return KVC_OK;
 }
 
-rows view(const kvc_tensor *t) {
-    const int64_t size = kvc_dtype_size(t->dtype);
-    const int64_t b = t->strides[0] * size, h = t->strides[1] * size, s = t->strides[2] * size;
-    const uint64_t bits = (uintptr_t)t->data | (uint64_t)b | (uint64_t)h | (uint64_t)s;
-    return {(char *)t->data, b, h, s, t->dtype, bits % (4 * size) == 0};
-}
-
 /* pack's and unpack's argument structs share these names. */
 template <typename arguments> kvc_status make_call(const char *op, const arguments *args, call *out) {
     const named tensors[] = {{"arena", &args->arena},  {"keys", &args->keys},   {"values", &args->values},
@@ -204,31 +168,18 @@ template <typename arguments> kvc_status make_call(const char *op, const argumen
     return KVC_OK;
 }
 
-grouping make_grouping(const kvc_layout *layout) {
-    const int tiles = layout->group / KVC_TILE;
-    grouping g = {layout->group, tiles & -tiles, 0, 0};
-    for (int j = 0; j < layout->head_dim / KVC_TILE; j++) {
-        g.block_heads |= (uint32_t)(j % g.block_tiles == 0) << j;
-        g.group_heads |= (uint32_t)(j % tiles == 0) << j;
-    }
-    return g;
-}
-
-template <int TILES, int GROUPS, int STEP> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
+template <int TILES, int GROUPS> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
     const grouping g = make_grouping(&a.layout);
     if (a.scale == KVC_SCALE_SEARCH)
-        pack_kernel<TILES, GROUPS, true, STEP><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
+        pack_kernel<TILES, GROUPS, true><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
     else
-        pack_kernel<TILES, GROUPS, false, STEP><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
+        pack_kernel<TILES, GROUPS, false><<<dim3(n, 2), THREADS, 0, stream>>>(a, g);
     return cudaGetLastError();
 }
 
-template <int TILES, int GROUPS> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
-    return a.layout.scale_dtype == KVC_STEP_E5M3 ? launch_pack<TILES, GROUPS, KVC_STEP_E5M3>(n, a, stream)
-                                                 : launch_pack<TILES, GROUPS, KVC_STEP_FP16>(n, a, stream);
-}
-
 template <int TILES> cudaError_t launch_pack(int n, const call &a, cudaStream_t stream) {
+    if constexpr ((TILES & (TILES - 1)) == 0)
+        if (takes_fast(a)) return launch_fast<TILES>(n, a, stream);
     return a.layout.group == a.layout.head_dim ? launch_pack<TILES, 1>(n, a, stream)
                                                : launch_pack<TILES, TILES>(n, a, stream);
 }

@@ -43,7 +43,7 @@ struct call {
 /* What a block works on: one half of one page. */
 struct job {
     kvc_page page;
-    int list, bits, page_tokens, value; /* value: 0 K, 1 V */
+    int list, batch, head, bits, page_tokens, value; /* value: 0 K, 1 V */
     const int32_t *tokens;
     uint32_t *words; /* the half's codes */
     uint8_t *scales; /* and what follows them */
@@ -51,11 +51,21 @@ struct job {
     int64_t stride;
 };
 
+/* K from a job that knows its page, or (after that) V. */
+__device__ void take_half(const call &a, job *it, int value) {
+    if (value) it->words += (it->page_tokens == KVC_TAIL_TOKENS ? a.tail_half_bytes : a.half_bytes[it->bits]) / 4;
+    it->value = value;
+    it->bits = value ? it->page.v_bits : it->page.k_bits;
+    it->scales = (uint8_t *)it->words + it->page_tokens / 8 * a.layout.head_dim * it->bits;
+    it->base = a.half[value].data + it->batch * a.half[value].b + it->head * a.half[value].h;
+    it->stride = a.half[value].s;
+}
+
 /* Every thread of a block runs this before it can load a row: no divisions, sizes from the host's table. */
-__device__ bool take_job(const call &a, job *out) {
+__device__ bool take_job(const call &a, job *out, int value) {
     const kvc_page page = a.pages[blockIdx.x];
     const uint32_t list = a.lists[blockIdx.x];
-    const int start = a.start[blockIdx.x], value = blockIdx.y;
+    const int start = a.start[blockIdx.x];
     if (page.k_bits > 16 || page.v_bits > 16 || list >= a.list_count || start < 0) return false;
     const bool tail = page.k_bits == 16 && page.v_bits == 16;
     const int page_tokens = tail ? KVC_TAIL_TOKENS : KVC_PAGE_TOKENS;
@@ -70,15 +80,13 @@ __device__ bool take_job(const call &a, job *out) {
     if (h >= a.heads) b++, h -= a.heads;
     out->page = page;
     out->list = list;
-    out->value = value;
-    out->bits = value ? page.v_bits : page.k_bits;
+    out->batch = b;
+    out->head = h;
     out->page_tokens = page_tokens;
     out->tokens = a.tokens + start;
-    char *half = (char *)a.arena + first + (value ? k_bytes : 0);
-    out->words = (uint32_t *)half;
-    out->scales = (uint8_t *)half + page_tokens / 8 * a.layout.head_dim * out->bits;
-    out->base = a.half[value].data + b * a.half[value].b + h * a.half[value].h;
-    out->stride = a.half[value].s;
+    out->words = a.arena + first / 4;
+    take_half(a, out, 0);
+    if (value) take_half(a, out, 1);
     return true;
 }
 

@@ -99,7 +99,8 @@ template <int TILES> __device__ void clamp_row(float (&x)[TILES][4]) {
         for (int i = 0; i < 4; i++) x[j][i] = fminf(fmaxf(x[j][i], -0x1p96f), 0x1p96f);
 }
 
-template <int TILES> __device__ void rotate_row(float (&x)[TILES][4]) {
+/* Hadamard sums, not yet normalized. */
+template <int TILES> __device__ void butterflies(float (&x)[TILES][4]) {
     constexpr int BLOCK = (TILES & -TILES) * KVC_TILE;
     /* other + own or other - own: the product with 1 or -1 is exact, so this is one rounding. */
     const float signs[2] = {threadIdx.x & 1 ? -1.0f : 1.0f, threadIdx.x & 2 ? -1.0f : 1.0f};
@@ -131,11 +132,63 @@ template <int TILES> __device__ void rotate_row(float (&x)[TILES][4]) {
                     x[j][i] = a + b;
                     x[j + stride][i] = a - b;
                 }
-    const float norm = 1.0f / sqrtf((float)BLOCK);
+}
+
+/* 1 / sqrt(channels of a Hadamard block). */
+template <int TILES> __device__ float block_norm() { return 1.0f / sqrtf((float)((TILES & -TILES) * KVC_TILE)); }
+
+template <int TILES> __device__ void rotate_row(float (&x)[TILES][4]) {
+    butterflies<TILES>(x);
+    const float norm = block_norm<TILES>();
 #pragma unroll
     for (int j = 0; j < TILES; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) x[j][i] *= norm;
+}
+
+constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum */
+
+/* What y of pack.h is to be multiplied by, and where the row before the rotation tells mean and sigma, what it tells.
+ */
+struct row_facts {
+    float factor = 1.0f, first = 0.0f, first_unit = 0.0f, squares = 0.0f; /* x[0], x[0] / unit, the sum of squares */
+    bool whole = false;                                                   /* the last three are there */
+};
+
+/* Step 1 of pack.h for classes below 16. x is clamped. */
+template <int TILES, int GROUPS> __device__ void rotate_exactly(float (&x)[TILES][4], row_facts &f, bool zero_point) {
+    f.whole = GROUPS == 1 && (TILES & (TILES - 1)) == 0;
+    f.first = __shfl_sync(ALL, x[0][0], threadIdx.x & 28);
+    if (f.whole) {
+        float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float v = i == 0 && j == 0 && zero_point && (threadIdx.x & 3) == 0 ? 0.0f : x[j][i];
+                sums[j & 1] = __fmaf_rn(v, v, sums[j & 1]);
+            }
+#pragma unroll
+        for (int stride = 1; stride <= 2; stride *= 2)
+#pragma unroll
+            for (int k = 0; k < 2; k++) sums[k] += __shfl_xor_sync(ALL, sums[k], stride);
+        f.squares = sums[0] + sums[1];
+    }
+    float most = 0.0f;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) most = fmaxf(most, fabsf(x[j][i]));
+#pragma unroll
+    for (int stride = 1; stride <= 2; stride *= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, stride));
+    const float unit = kvc_row_unit(most), inverse = kvc_power_inverse(unit);
+    f.first_unit = f.first * inverse;
+    f.factor = unit * block_norm<TILES>();
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[j][i] = (x[j][i] * inverse + MAGIC) - MAGIC;
+    butterflies<TILES>(x);
 }
 
 /* One number a group of channels, in each of the row's lanes. GROUPS is 1 (one group: the fast case) or TILES (any
@@ -182,6 +235,35 @@ __device__ void sum_groups(float (&out)[GROUPS], float (&p)[TILES][4], const gro
             total = (GROUPS == 1 ? j == 0 : begins<GROUPS>(g, j)) ? sum : total + sum;
         }
         out[GROUPS == 1 ? 0 : j] = total;
+    }
+    if constexpr (GROUPS > 1)
+#pragma unroll
+        for (int j = TILES - 2; j >= 0; j--)
+            if (!begins<GROUPS>(g, j + 1)) out[j] = out[j + 1];
+}
+
+/* Sums of w * x, or (PLAIN) of x, over each group: 32 chains over pairs of tiles, then strides 16, 8, 4, 2, 1. */
+template <int TILES, int GROUPS, bool PLAIN>
+__device__ void sum_groups_32(float (&out)[GROUPS], const float (&w)[TILES][4], const float (&x)[TILES][4],
+                              const grouping &g) {
+    float chain[2][4]; /* even and odd tiles: which of them the group begins with shows nowhere */
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        const bool first = GROUPS == 1 ? j == 0 : begins<GROUPS>(g, j);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (first) chain[0][i] = chain[1][i] = 0.0f;
+            chain[j & 1][i] = PLAIN ? chain[j & 1][i] + x[j][i] : __fmaf_rn(w[j][i], x[j][i], chain[j & 1][i]);
+        }
+        if (GROUPS == 1 ? j + 1 < TILES : j + 1 < TILES && !begins<GROUPS>(g, j + 1)) continue;
+        float sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sums[i] = chain[0][i] + chain[1][i];
+            sums[i] += __shfl_xor_sync(ALL, sums[i], 2);
+            sums[i] += __shfl_xor_sync(ALL, sums[i], 1);
+        }
+        out[GROUPS == 1 ? 0 : j] = (sums[0] + sums[2]) + (sums[1] + sums[3]);
     }
     if constexpr (GROUPS > 1)
 #pragma unroll
@@ -241,10 +323,38 @@ template <int GROUPS> __device__ void round_to_e5m3(affine<GROUPS> &v, const gro
     }
 }
 
+/* sigma's, of a row that is one block and one group. */
+template <int TILES>
+__device__ void sigma_of_facts(float &scale, float &zero, const row_facts &f, int bits, bool zero_point) {
+    zero = zero_point ? f.first * block_norm<TILES>() : 0.0f;
+    scale = kvc_sigma_step(bits) * sqrtf(f.squares / (float)(TILES * KVC_TILE));
+}
+
+__device__ void minmax_step(float &scale, float &zero, float low, float high, float factor, int bits, bool zero_point) {
+    const float levels = (float)((1 << bits) - 1), most = -low > high ? -low : high;
+    zero = zero_point ? (low + high) * 0.5f * factor : 0.0f;
+    scale = (zero_point ? high - low : most + most) * factor / levels;
+}
+
+/* Where search starts, from min-max's scale and zero, and (`with_sigma`) sigma's. */
+__device__ void search_start(float &scale, float &zero, const float (&sigma)[2], bool with_sigma, int bits,
+                             int channels, bool zero_point) {
+    scale *= kvc_search_factor(bits, channels, zero_point);
+    if (with_sigma) {
+        scale = sigma[0] < scale ? sigma[0] : scale;
+        zero = (sigma[1] + zero) * 0.5f;
+    }
+}
+
 template <int TILES, int GROUPS>
-__device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits) {
+__device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
+                          const row_facts &f) {
+    const float n = (float)(GROUPS == 1 ? TILES * KVC_TILE : g.channels), factor = f.factor;
+    if (GROUPS == 1 && f.whole) {
+        sigma_of_facts<TILES>(out.scale[0], out.zero[0], f, bits, a.layout.zero_point);
+        return;
+    }
     float p[TILES][4];
-    const float n = (float)(GROUPS == 1 ? TILES * KVC_TILE : g.channels);
     if (a.layout.zero_point) {
 #pragma unroll
         for (int j = 0; j < TILES; j++)
@@ -264,28 +374,36 @@ __device__ void fit_sigma(affine<GROUPS> &out, const float (&x)[TILES][4], const
             p[j][i] = difference * difference;
         }
     sum_groups<TILES, GROUPS>(out.scale, p, g);
-    each_group(out.scale, g, [=](float sum) { return kvc_sigma_step(bits) * sqrtf(sum / n); });
+    each_group(out.scale, g, [=](float sum) { return kvc_sigma_step(bits) * (sqrtf(sum / n) * factor); });
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) out.zero[k] *= factor;
 }
 
 template <int TILES, int GROUPS>
-__device__ void fit_minmax(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g,
-                           int bits) {
-    const float levels = (float)((1 << bits) - 1);
+__device__ void fit_minmax(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
+                           float factor) {
     float low[GROUPS], high[GROUPS];
     range_groups<TILES, GROUPS>(low, high, x, g);
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
-        const float most = -low[k] > high[k] ? -low[k] : high[k];
-        out.zero[k] = a.layout.zero_point ? (low[k] + high[k]) * 0.5f : 0.0f;
-        out.scale[k] = a.layout.zero_point ? high[k] - low[k] : most + most;
+        if (begins<GROUPS>(g, k)) {
+            minmax_step(out.scale[k], out.zero[k], low[k], high[k], factor, bits, a.layout.zero_point);
+        } else {
+            out.scale[k] = out.scale[k ? k - 1 : 0];
+            out.zero[k] = out.zero[k ? k - 1 : 0];
+        }
     }
-    each_group(out.scale, g, [=](float range) { return range / levels; });
 }
 
-/* (x - zero) * inverse + mid. */
+/* Step 3 of pack.h: v = fma(y, slope, offset). */
+template <int GROUPS> struct line {
+    float slope[GROUPS], offset[GROUPS];
+    __device__ float operator()(float y, int j) const { return __fmaf_rn(y, slope[j % GROUPS], offset[j % GROUPS]); }
+};
+
 template <int GROUPS> struct encoder {
-    float zero[GROUPS], inverse[GROUPS];
-    __device__ encoder(const affine<GROUPS> &a, const grouping &g) {
+    float zero[GROUPS], inverse[GROUPS], factor;
+    __device__ encoder(const affine<GROUPS> &a, const grouping &g, float factor = 1.0f) : factor(factor) {
 #pragma unroll
         for (int k = 0; k < GROUPS; k++) {
             zero[k] = a.zero[k];
@@ -293,80 +411,114 @@ template <int GROUPS> struct encoder {
         }
         each_group(inverse, g, [](float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; });
     }
-    __device__ float operator()(float x, int j, float mid) const {
-        return (x - zero[j % GROUPS]) * inverse[j % GROUPS] + mid;
+    /* mid 0: no token; its zeros become code 0. */
+    __device__ line<GROUPS> at(float mid, float most) const {
+        const float step = most == 15.0f  ? 1.0f / 15.0f
+                           : most == 3.0f ? 1.0f / 3.0f
+                           : most == 7.0f ? 1.0f / 7.0f
+                                          : 1.0f / 255.0f;
+        line<GROUPS> out;
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            const float per = inverse[k] * step;
+            out.slope[k] = per * factor;
+            out.offset[k] = mid > 0.0f ? __fmaf_rn(-zero[k], per, 0.5f) : 0.0f;
+        }
+        return out;
     }
 };
 
-constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum */
+/* v of step 3, clamped, as a code in the low bits of a float: MAGIC more than the code. */
+__device__ float code_of(float v, float most) { return __fmaf_rn(__saturatef(v), most, MAGIC); }
 
-__constant__ const float search_factors[KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS] = KVC_SEARCH_FACTORS;
+constexpr int LAYOUT_STEP = -1; /* STEP: what the layout says, at run time */
 
-template <int TILES, int GROUPS, int STEP>
-__device__ void fit_search(affine<GROUPS> &best, const float (&x)[TILES][4], const call &a, const grouping &g,
-                           int bits) {
-    const float mid = kvc_mid(bits), most = 2.0f * mid;
-    float least[GROUPS];
-    affine<GROUPS> base;
-#pragma unroll
-    for (int k = 0; k < GROUPS; k++) {
-        least[k] = INFINITY;
-        best.scale[k] = best.zero[k] = 0.0f;
-    }
-    if (bits < 8) fit_sigma<TILES, GROUPS>(base, x, a, g, bits);
-#pragma unroll 1
-    for (int trial = bits < 8 ? 0 : KVC_SIGMA_FACTORS; trial < KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS; trial++) {
-        if (trial == KVC_SIGMA_FACTORS) fit_minmax<TILES, GROUPS>(base, x, a, g, bits);
-        affine<GROUPS> tried;
-#pragma unroll
-        for (int k = 0; k < GROUPS; k++) {
-            tried.scale[k] = base.scale[k] * search_factors[trial];
-            tried.zero[k] = base.zero[k];
-        }
-        if constexpr (STEP == KVC_STEP_E5M3)
-            round_to_e5m3(tried, g);
-        else
-#pragma unroll
-            for (int k = 0; k < GROUPS; k++) {
-                tried.scale[k] = stored(tried.scale[k]);
-                tried.zero[k] = stored(tried.zero[k]);
-            }
-        const encoder<GROUPS> encode(tried, g);
-        float p[TILES][4], errors[GROUPS];
-#pragma unroll
-        for (int j = 0; j < TILES; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float code = (fminf(fmaxf(encode(x[j][i], j, mid), 0.0f), most) + MAGIC) - MAGIC;
-                const float error = tried.zero[j % GROUPS] + tried.scale[j % GROUPS] * (code - mid) - x[j][i];
-                p[j][i] = error * error;
-            }
-        sum_groups<TILES, GROUPS>(errors, p, g);
-#pragma unroll
-        for (int k = 0; k < GROUPS; k++)
-            if (errors[k] < least[k]) {
-                least[k] = errors[k];
-                best.scale[k] = tried.scale[k];
-                best.zero[k] = tried.zero[k];
-            }
+template <int STEP, int GROUPS>
+__device__ void round_to_stored(affine<GROUPS> &v, const grouping &g, const kvc_layout &layout) {
+    if (STEP == KVC_STEP_E5M3 || (STEP == LAYOUT_STEP && layout.scale_dtype == KVC_STEP_E5M3)) {
+        round_to_e5m3(v, g);
+    } else {
+        each_group(v.scale, g, stored);
+        each_group(v.zero, g, stored);
     }
 }
 
-template <int TILES, int GROUPS, bool SEARCH, int STEP>
-__device__ void fit(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits) {
+/* t of pack.h's search, and from it a scale and a zero; where they are none, those of the start stay. mean: of y;
+ * symmetric: y's sum. */
+__device__ void refit(float &scale, float &zero, float k, float kk, float ky, float mean, float n, float factor,
+                      bool zero_point) {
+    float t, fitted_zero = 0.0f;
+    if (zero_point) {
+        const float m = k / n;
+        t = __fmaf_rn(-k, mean, ky) / __fmaf_rn(-m, k, kk);
+        fitted_zero = __fmaf_rn(-t, m + 0.5f, mean) * factor;
+    } else {
+        t = __fmaf_rn(0.5f, mean, ky) / (kk + k + 0.25f * n);
+    }
+    const float fitted = t * factor;
+    if (t > 0.0f && fitted > 0.0f && fitted < INFINITY) {
+        scale = fitted;
+        zero = fitted_zero;
+    }
+}
+
+template <int TILES, int GROUPS, int STEP>
+__device__ void fit_search(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
+                           const row_facts &f) {
+    const int channels = GROUPS == 1 ? TILES * KVC_TILE : g.channels;
+    const float n = (float)channels, mid = kvc_mid(bits), most = 2.0f * mid, half = (float)(1 << (bits - 1));
+    const bool zero_point = a.layout.zero_point;
+    fit_minmax<TILES, GROUPS>(out, x, a, g, bits, f.factor);
+    const bool with_sigma = kvc_search_sigma(bits, channels);
+    affine<GROUPS> sigma = {};
+    if (with_sigma) fit_sigma<TILES, GROUPS>(sigma, x, a, g, bits, f);
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) {
+        const float other[2] = {sigma.scale[k], sigma.zero[k]};
+        search_start(out.scale[k], out.zero[k], other, with_sigma, bits, channels, zero_point);
+    }
+    round_to_stored<STEP>(out, g, a.layout);
+    const line<GROUPS> at = encoder<GROUPS>(out, g, f.factor).at(mid, most);
+    float codes[TILES][4], squares[TILES][4], k[GROUPS], kk[GROUPS], ky[GROUPS], y[GROUPS];
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            codes[j][i] = code_of(at(x[j][i], j), most) - (MAGIC + half);
+            squares[j][i] = codes[j][i] * codes[j][i];
+        }
+    sum_groups_32<TILES, GROUPS, false>(ky, codes, x, g);
+    sum_groups_32<TILES, GROUPS, true>(kk, squares, squares, g);
+    sum_groups_32<TILES, GROUPS, true>(k, codes, codes, g);
+    if (zero_point && GROUPS == 1 && f.whole) {
+        y[0] = f.first_unit;
+    } else {
+        sum_groups_32<TILES, GROUPS, true>(y, x, x, g);
+        if (zero_point) each_group(y, g, [=](float sum) { return sum / n; });
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+        if (begins<GROUPS>(g, i)) {
+            refit(out.scale[i], out.zero[i], k[i], kk[i], ky[i], y[i], n, f.factor, zero_point);
+        } else {
+            out.scale[i] = out.scale[i ? i - 1 : 0];
+            out.zero[i] = out.zero[i ? i - 1 : 0];
+        }
+    }
+    round_to_stored<STEP>(out, g, a.layout);
+}
+
+template <int TILES, int GROUPS, bool SEARCH, int STEP = LAYOUT_STEP>
+__device__ void fit(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
+                    const row_facts &f = {}) {
     if constexpr (SEARCH) {
-        fit_search<TILES, GROUPS, STEP>(out, x, a, g, bits);
+        fit_search<TILES, GROUPS, STEP>(out, x, a, g, bits, f);
     } else {
         if (a.scale == KVC_SCALE_MINMAX || bits >= 8)
-            fit_minmax<TILES, GROUPS>(out, x, a, g, bits);
+            fit_minmax<TILES, GROUPS>(out, x, a, g, bits, f.factor);
         else
-            fit_sigma<TILES, GROUPS>(out, x, a, g, bits);
-        if constexpr (STEP == KVC_STEP_E5M3) {
-            round_to_e5m3(out, g);
-        } else {
-            each_group(out.scale, g, stored);
-            each_group(out.zero, g, stored);
-        }
+            fit_sigma<TILES, GROUPS>(out, x, a, g, bits, f);
+        round_to_stored<STEP>(out, g, a.layout);
     }
 }
 

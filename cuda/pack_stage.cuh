@@ -70,6 +70,7 @@ __device__ uint2 stage_get(const uint16_t *stage, const spots &from, int j) {
 template <int TILES, int GROUPS, int VALUE>
 __device__ void put_codes(uint8_t *stage, const spots &to, const float (&x)[TILES][4], const encoder<GROUPS> &encode,
                           float mid, float most, const call &a, int list, int token) {
+    const line<GROUPS> at = encode.at(mid, most);
     uint32_t code[4];
     if (a.stochastic) {
 #pragma unroll
@@ -78,7 +79,7 @@ __device__ void put_codes(uint8_t *stage, const spots &to, const float (&x)[TILE
             kvc_philox_uniform4(u, a.seed, a.layer, list, 2 * (uint32_t)token + VALUE, 4 * j + (threadIdx.x & 3));
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                code[i] = (uint32_t)floorf(fminf(fmaxf(encode(x[j][i], j, mid) + u[i], 0.0f), most));
+                code[i] = (uint32_t)floorf(fminf(fmaxf(__fmaf_rn(at(x[j][i], j), most, u[i]), 0.0f), most));
             stage_put<VALUE>(stage, to, j, code);
         }
         return;
@@ -86,8 +87,7 @@ __device__ void put_codes(uint8_t *stage, const spots &to, const float (&x)[TILE
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            code[i] = __float_as_uint(fminf(fmaxf(encode(x[j][i], j, mid), 0.0f), most) + MAGIC);
+        for (int i = 0; i < 4; i++) code[i] = __float_as_uint(code_of(at(x[j][i], j), most));
         stage_put<VALUE>(stage, to, j, code);
     }
 }
@@ -134,6 +134,32 @@ __device__ void write_words(uint32_t *words, const void *stage, int channel_tile
                     make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
         }
     }
+}
+
+/* A half of class 16: all of it, but for the check of its tokens. */
+template <int TILES> __device__ void pack_sixteen(void *stage, const call &a, const job &it) {
+    for (int first = 0; first < it.page_tokens; first += THREADS / 4) {
+        const int row = first + threadIdx.x / 4;
+        const int token = row < it.page.tokens ? it.tokens[row] : -1;
+        float x[TILES][4] = {};
+        if (token >= 0 && token < a.s)
+            load_row<TILES>(x, it.base + token * it.stride, a.half[it.value].dtype, a.half[it.value].vectors);
+        if (a.rotation == KVC_ROTATE_HADAMARD) {
+            clamp_row<TILES>(x);
+            rotate_row<TILES>(x);
+        }
+        uint2 halves[TILES];
+        pack_halves<TILES>(halves, x, a.layout.half);
+        if (row >= it.page_tokens) continue; /* pages of 16 tokens are half a pass */
+        const spots to(it.value, row);
+#pragma unroll
+        for (int j = 0; j < TILES; j++) stage_put((uint16_t *)stage, to, j, halves[j]);
+    }
+    __syncthreads();
+    if (it.page_tokens == KVC_TAIL_TOKENS)
+        write_words<16, KVC_TAIL_TOKENS>(it.words, stage, TILES, it.value);
+    else
+        write_words<16, KVC_PAGE_TOKENS>(it.words, stage, TILES, it.value);
 }
 
 template <int BITS, int PAGE>

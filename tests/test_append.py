@@ -46,25 +46,24 @@ class Cache:
         h: int,
         o: Options = PLAIN,
         capacity: int = 40,
-        aged: list[int] | None = None,
     ) -> None:
-        """``bits``: the class of every list, or classes, of which list i has number ``aged[i]``."""
+        """``bits``: the class of every list, or of each."""
         n = b * h
         self.layout, self.window, self.b, self.h, self.o = layout, window, b, h, o
-        self.classes = np.array(bits, np.uint8).reshape(-1, 2)
-        self.aged = np.array(aged or [0] * n, np.uint8)
-        self.bits: list[tuple[int, int]] = [tuple(self.classes[c].tolist()) for c in self.aged]
+        self.bits = bits if isinstance(bits, list) else [bits] * n
+        self.classes = np.array(self.bits, np.uint8).reshape(n, 2)
         self.table = np.zeros((n, capacity), np.uint64)
         self.lists = np.zeros((n, 4), np.int32)
-        most, tail_bytes = 4 * n * capacity, page_bytes(layout, 16, 16)
-        ends = [most * tail_bytes]
-        stacks = [np.random.default_rng(0).permutation(most) * (tail_bytes // UNIT)]
-        for pair in self.classes.tolist():
-            stacks.append((ends[-1] + np.arange(n * capacity) * page_bytes(layout, *pair)) // UNIT)
-            ends.append(ends[-1] + n * capacity * page_bytes(layout, *pair))
-        self.arena = aligned(ends[-1])
-        self.pools = stacks[0].astype(np.uint32), np.stack(stacks[1:]).astype(np.uint32)
-        self.left = np.array([most] + [n * capacity] * len(self.classes), np.int32)
+        # Page sizes differ: every list's packed pages lie in a stretch of their own behind all tail pages.
+        tail_bytes, most = page_bytes(layout, 16, 16), 4 * capacity
+        sizes = np.array([page_bytes(layout, *pair) for pair in self.bits])
+        first = n * most * tail_bytes + capacity * (np.cumsum(sizes) - sizes)
+        self.arena = aligned(n * most * tail_bytes + capacity * int(sizes.sum()))
+        tails = np.random.default_rng(0).permutation(n * most).reshape(n, most) * tail_bytes
+        packed = first[:, None] + np.arange(capacity) * sizes[:, None]
+        self.pools = [(units // UNIT).astype(np.uint32) for units in (tails, packed)]
+        self.left = np.tile(np.array([most, capacity], np.int32), (n, 1))
+        self.owned = [[set(row) for row in pool.tolist()] for pool in self.pools]
         # the model: packed pages and tail of every list, rows as they were handed in
         self.packed: list[list[bytes]] = [[] for _ in range(n)]
         self.tail: list[list[tuple[Array, Array]]] = [[] for _ in range(n)]
@@ -80,7 +79,6 @@ class Cache:
             values,
             valid,
             self.classes,
-            self.aged,
             self.layout,
             self.window,
             *self.o,
@@ -105,9 +103,9 @@ class Cache:
         self.tail[i].append(tuple(from_half(to_half(row, self.layout.half), self.layout.half)[0] for row in pair))
 
     def check(self) -> None:
-        """Every page, entry, state and pool is what the text says; no page is in two places."""
-        units = [stack[:left].tolist() for stack, left in zip([self.pools[0], *self.pools[1]], self.left, strict=True)]
+        """Every page, entry, state and stack is what the text says; no page is in two places."""
         for i, (packed, tail) in enumerate(zip(self.packed, self.tail, strict=True)):
+            units = [pool[i, :left].tolist() for pool, left in zip(self.pools, self.left[i], strict=True)]
             pages = [tail[j : j + 16] for j in range(0, len(tail), 16)]
             state = [len(packed) + len(pages), len(packed), len(tail), 64 * len(packed) + len(tail)]
             assert self.lists[i].tolist() == state
@@ -115,14 +113,14 @@ class Cache:
             for entry, data in zip(entries, packed, strict=False):
                 assert entry.tolist()[1:] == (*self.bits[i], 64, 0)
                 assert self.bytes_at(entry) == data
-                units[1 + self.aged[i]].append(int(entry["unit"]))
+                units[1].append(int(entry["unit"]))
             for entry, page in zip(entries[len(packed) :], pages, strict=True):
                 assert entry.tolist()[1:] == (16, 16, len(page), 0)
                 rows = (np.stack(part) for part in zip(*page, strict=True))
                 assert self.bytes_at(entry) == pack_page(*rows, 16, 16, self.layout, Options(0))
                 units[0].append(int(entry["unit"]))
-        for stack, found in enumerate(units):
-            assert len(set(found)) == len(found) == (1 if stack else 4) * self.table.size
+            for stack, found in enumerate(units):
+                assert set(found) == self.owned[stack][i] and len(found) == len(self.owned[stack][i])
 
     def bytes_at(self, entry: Any) -> bytes:
         first = int(entry["unit"]) * UNIT
@@ -131,6 +129,21 @@ class Cache:
 
     def state(self) -> list[bytes]:
         return [x.tobytes() for x in (self.arena, self.table, self.lists, *self.pools, self.left)]
+
+
+class Mirror:
+    """A cache's table, lists, stacks and counts, of its own memory: what append_walk takes."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.window, self.classes = cache.window, cache.classes
+        self.arrays = [array.copy() for array in (cache.table, cache.lists, *cache.pools, cache.left)]
+
+    def walk(self, q: int, valid: Any = None) -> None:
+        counts = None if valid is None else np.array(valid, np.int32)
+        _C.append_walk(*self.arrays, counts, self.classes, self.window, q)
+
+    def state(self) -> list[bytes]:
+        return [array.tobytes() for array in self.arrays]
 
 
 def rows_of(random: np.random.Generator, *shape: int) -> Array:
@@ -158,9 +171,8 @@ def test_random_appends(data: st.DataObject) -> None:
     layout = Layout(head_dim, group, data.draw(st.integers(0, 1)), data.draw(st.sampled_from([FLOAT16, BFLOAT16])))
     b, h = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     o = Options(*(data.draw(st.integers(0, most)) for most in (1, 2, 1, 5, 1 << 40)))
-    classes = data.draw(st.lists(st.sampled_from(CLASSES), min_size=1, max_size=4))
-    aged = data.draw(st.lists(st.integers(0, len(classes) - 1), min_size=b * h, max_size=b * h))
-    cache = Cache(layout, classes, data.draw(st.sampled_from([0, 1, 16, 40, 100])), b, h, o, aged=aged)
+    classes = data.draw(st.lists(st.sampled_from(CLASSES), min_size=b * h, max_size=b * h))
+    cache = Cache(layout, classes, data.draw(st.sampled_from([0, 1, 16, 40, 100])), b, h, o)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     for _ in range(data.draw(st.integers(1, 4))):
         q = data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 90]))
@@ -170,7 +182,10 @@ def test_random_appends(data: st.DataObject) -> None:
             for i, count in enumerate(valid):
                 keys[i, :, : q - count] = np.nan  # padding is not looked at
                 values[i, :, : q - count] = np.inf
+        mirror = Mirror(cache)
         cache.append(keys, values, valid)
+        mirror.walk(q, valid)
+        assert mirror.state() == cache.state()[1:]
     cache.check()
 
 
@@ -214,14 +229,14 @@ def test_pages_stay_in_the_order_of_arrival() -> None:
 
 def test_exact_as_pack_without_rotation() -> None:
     """fp16 rows that have gone through a tail give the pages that pack makes of them, each in its list's class."""
-    classes, aged = [(3, 4), (16, 16), (2, 8), (16, 2), (8, 8)], [2, 0, 1, 4, 2, 3]
+    classes = [(2, 8), (3, 4), (16, 16), (8, 8), (2, 8), (16, 2)]
     random = np.random.default_rng(2)
     keys, values = rows_of(random, 3, 2, 129, 64).astype(np.float16), rows_of(random, 3, 2, 129, 64).astype(np.float16)
-    cache = Cache(LAYOUT, classes, 0, 3, 2, Options(0, SEARCH, 1, 4, 17), aged=aged)
+    cache = Cache(LAYOUT, classes, 0, 3, 2, Options(0, SEARCH, 1, 4, 17))
     cache.append(keys, values)
     cache.check()
-    packed = np.flatnonzero(np.array(aged) != 1).repeat(2)
-    bits = [classes[aged[i]] for i in packed]
+    packed = np.array([0, 1, 3, 4, 5]).repeat(2)
+    bits = [classes[i] for i in packed]
     sizes = [page_bytes(LAYOUT, *pair) for pair in bits]
     pages = np.zeros(len(packed), PAGE)
     pages["unit"] = (np.cumsum(sizes) - sizes) // UNIT
@@ -242,7 +257,7 @@ def test_exact_as_pack_without_rotation() -> None:
     entries = cache.table[packed, np.tile([0, 1], len(packed) // 2)].view(PAGE)
     assert b"".join(cache.bytes_at(entry) for entry in entries) == arena.tobytes()
     assert cache.lists[2].tolist() == [9, 0, 129, 129] and cache.lists[3].tolist() == [3, 2, 1, 129]
-    assert (cache.left[1:] == 6 * 40 - np.bincount(cache.aged[packed], minlength=5)).all()
+    assert cache.left[:, 1].tolist() == [38, 38, 40, 38, 38, 38]
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -293,50 +308,52 @@ def test_just_enough_pages() -> None:
         need = _C.append_need(filled(tokens).lists[0, 2], 65, 0, True)
         for short in ((0, 0), (1, 0), (0, 1)):
             cache = filled(tokens)
-            cache.left[:] = np.subtract(need, short)
+            cache.left[0] = np.subtract(need, short)
             before = cache.state()
+            mirror = Mirror(cache)
             if short == (0, 0):
                 _C.append(*cache.arguments(row, row))
-                assert cache.left[1] == 0
-            elif min(cache.left) >= 0:
-                with pytest.raises(
-                    ValueError,
-                    match=r"^append: pool: expected \d+ tail and \d+ packed pages for list 0, got \d+ and \d+$",
-                ):
+                assert cache.left[0, 1] == 0
+            elif cache.left.min() >= 0:
+                text = r"left: expected \d+ tail and \d+ packed pages for list 0, got \d+ and \d+$"
+                with pytest.raises(ValueError, match=f"^append: {text}"):
                     _C.append(*cache.arguments(row, row))
                 assert cache.state() == before
+                with pytest.raises(ValueError, match=f"^append_walk: {text}"):
+                    mirror.walk(65)
+                assert mirror.state() == before[1:]
 
 
-def test_what_one_list_gives_back_serves_the_next() -> None:
+def test_stacks_of_pages() -> None:
+    """A flush pushes its four pages, in order, onto its own list's stack; what comes next takes the last of them."""
     cache = filled(64, h=3)
-    cache.left[:] = 1, 3  # each list flushes four pages before it takes one
+    cache.left[:] = [[0, 1], [0, 2], [5, 1]]
+    before, tails = cache.pools[0].copy(), cache.table[:, :4].view(PAGE)["unit"].copy()
+    packed = cache.pools[1][[0, 1, 2], [0, 1, 0]]
     row = np.ones((1, 3, 1, 64), np.float32)
     _C.append(*cache.arguments(row, row))
-    assert cache.left.tolist() == [1 + 3 * 3, 0] and (cache.lists == [2, 1, 1, 65]).all()
+    assert cache.left.tolist() == [[3, 0], [3, 1], [8, 0]] and (cache.lists == [2, 1, 1, 65]).all()
+    assert np.array_equal(cache.table[:, :2].view(PAGE)["unit"], np.stack([packed, tails[:, 3]], 1))
+    for i, start in enumerate((0, 0, 5)):
+        assert np.array_equal(cache.pools[0][i, start : start + 4], tails[i])
+        assert np.array_equal(
+            np.delete(cache.pools[0][i], range(start, start + 4)), np.delete(before[i], range(start, start + 4))
+        )
 
 
-def test_every_class_has_a_stack_of_its_own() -> None:
-    """Three lists of two classes, and one that never packs; one page too few in either stack is found."""
-    row = np.ones((2, 2, 1, 64), np.float32)
-    for left, short in (([1, 1, 2, 0], None), ([1, 0, 2, 0], 1), ([1, 1, 1, 0], 2), ([0, 1, 2, 0], 0)):
-        cache = Cache(LAYOUT, [(4, 4), (2, 3), (16, 16)], 0, 2, 2, aged=[2, 1, 0, 1])
-        rows = rows_of(np.random.default_rng(5), 2, 2, 64, 64)
-        cache.append(rows, rows)
-        cache.left[:] = left
-        before = cache.state()
-        if short is None:
-            _C.append(*cache.arguments(row, row))
-            assert cache.left.tolist() == [3 * 3, 0, 0, 0]
-            assert cache.lists[:, 0].tolist() == [5, 2, 2, 2]
-        else:
-            wanted = (
-                "1 tail and 0 packed pages for list 0, got 0 and 0",
-                "0 tail and 1 packed pages for list 2, got 3 and 0",
-                "0 tail and 1 packed pages for list 3, got 6 and 0",
-            )
-            with pytest.raises(ValueError, match=rf"^append: pool: expected {wanted[short]}$"):
-                _C.append(*cache.arguments(row, row))
-            assert cache.state() == before
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(0, 100), st.integers(0, 300), st.integers(0, 200), st.lists(st.sampled_from(CLASSES), min_size=4))
+def test_a_walk_of_many_tokens_is_many_walks_of_one(
+    window: int, tokens: int, q: int, bits: list[tuple[int, int]]
+) -> None:
+    one = Mirror(Cache(LAYOUT, bits[:4], window, 2, 2))
+    one.walk(tokens)
+    many = Mirror(Cache(LAYOUT, bits[:4], window, 2, 2))
+    many.arrays = [array.copy() for array in one.arrays]
+    one.walk(q)
+    for _ in range(q):
+        many.walk(1)
+    assert one.state() == many.state()
 
 
 # ---- refusals: one sentence, nothing changed
@@ -377,17 +394,19 @@ def change(cache: Cache, what: str) -> list[Any]:
     elif what == "tokens":
         cache.lists[0, 3] = 2**31 - 5
     elif what == "pool beyond the arena":
-        cache.pools[1][0, int(cache.left[1]) - 1] = 2**32 - 1
+        cache.pools[1][0, int(cache.left[0, 1]) - 1] = 2**32 - 1
     elif what == "tail pool beyond the arena":
-        cache.pools[0][0] = 2**32 - 1
+        cache.pools[0][0, 0] = 2**32 - 1
     elif what == "negative left":
-        cache.left[1] = -1
+        cache.left[0, 1] = -1
     elif what == "left beyond the pool":
-        cache.left[0] = 2**31 - 1
-    elif what == "left of another number of classes":
-        arguments[5] = np.append(cache.left, np.int32(0))
-    elif what == "another number of stacks":
+        cache.left[0, 0] = 2**31 - 1
+    elif what == "left of one stack":
+        arguments[5] = cache.left[:, :1].copy()
+    elif what == "stacks of two lists":
         arguments[4] = np.concatenate([cache.pools[1]] * 2)
+    elif what == "one stack for all":
+        arguments[3] = cache.pools[0][0].copy()
     elif what == "valid":
         arguments[8] = np.array([31], np.int32)
     elif what == "negative valid":
@@ -397,22 +416,16 @@ def change(cache: Cache, what: str) -> list[Any]:
     elif what == "full table":
         arguments[1] = np.ascontiguousarray(cache.table[:, : int(cache.lists[0, 0])])
     elif what == "small pool array":
-        arguments[3] = cache.pools[0][:5].copy()
-        cache.left[0] = 5
+        arguments[3] = cache.pools[0][:, :3].copy()
+        cache.left[0, 0] = 2
     elif what == "bits":
         cache.classes[0, 0] = 7
-    elif what == "no class":
-        arguments[9] = cache.classes[:0]
-    elif what == "too many classes":
-        arguments[9] = np.full((26, 2), 4, np.uint8)
+    elif what == "class of another list":
+        arguments[9] = np.full((2, 2), 4, np.uint8)
     elif what == "type of classes":
         arguments[9] = cache.classes.astype(np.int32)
-    elif what == "class index":
-        cache.aged[0] = 1
-    elif what == "shape of aged":
-        arguments[10] = np.zeros(2, np.uint8)
     elif what == "window":
-        arguments[12] = -1
+        arguments[11] = -1
     elif what == "heads":
         arguments[6] = arguments[7] = np.ones((1, 2, 30, 64), np.float32)
     elif what == "channels":
@@ -436,24 +449,22 @@ REFUSED = {
     "tail tokens": STATE.format(3, 1, 2147483647),
     "tail page index": STATE.format(3, 2147483647, 30),
     "negative pages": STATE.format(-1, 1, 30),
-    "tokens": r"keys: expected fewer than 2\^31 tokens, got 2147483643 and 30 more",
+    "tokens": r"lists: expected fewer than 2\^31 tokens, got 2147483643 and 30 more",
     "pool beyond the arena": r"pool_packed: expected pages inside the arena's \d+ bytes, got unit 4294967295",
     "tail pool beyond the arena": r"pool_tail: expected pages inside the arena's \d+ bytes, got unit 4294967295",
-    "negative left": r"left: expected 0\.\.40 pages in stack 1, got -1",
-    "left beyond the pool": r"left: expected 0\.\.160 pages in stack 0, got 2147483647",
-    "left of another number of classes": r"left: expected shape \(2,\), got \(3,\)",
-    "another number of stacks": r"pool_packed: expected shape \(1, \*\), got \(2, 40\)",
+    "negative left": r"left: expected 0\.\.40 pages in pool_packed, got -1 in list 0",
+    "left beyond the pool": r"left: expected 0\.\.160 pages in pool_tail, got 2147483647 in list 0",
+    "left of one stack": r"left: expected shape \(1, 2\), got \(1, 1\)",
+    "stacks of two lists": r"pool_packed: expected shape \(1, \*\), got \(2, 40\)",
+    "one stack for all": r"pool_tail: expected shape \(1, \*\), got \(160,\)",
     "valid": r"valid: expected 0\.\.30, got 31",
     "negative valid": r"valid: expected 0\.\.30, got -1",
     "shape of valid": r"valid: expected shape \(1,\), got \(2,\)",
     "full table": "table: expected room for 2 more pages in list 0, got capacity 3 with 3 in use",
-    "small pool array": "pool_tail: expected room for all 7 tail pages, its own and the lists', got 5",
-    "bits": "classes: expected bits of 2, 3, 4, 8 or 16, got K 7, V 2 in class 0",
-    "no class": r"classes: expected 1\.\.25 classes, got 0",
-    "too many classes": r"classes: expected 1\.\.25 classes, got 26",
+    "small pool array": "pool_tail: expected room for 4 pages, its own and the tail's, got 3 in list 0",
+    "bits": "classes: expected bits of 2, 3, 4, 8 or 16, got K 7, V 2 in list 0",
+    "class of another list": r"classes: expected shape \(1, 2\), got \(2, 2\)",
     "type of classes": "classes: expected uint8, got int32",
-    "class index": r"aged: expected 0\.\.0, got 1 for list 0",
-    "shape of aged": r"aged: expected shape \(1,\), got \(2,\)",
     "window": r"window: expected an integer in 0\.\.16777216, got -1",
     "heads": r"table: expected shape \(2, \*\), got \(1, 40\)",
     "channels": r"keys: expected contiguous channels \(last stride 1\), got last stride 2",
@@ -471,3 +482,54 @@ def test_refused(what: str) -> None:
     with pytest.raises((ValueError, TypeError), match=rf"^append: {REFUSED[what]}$"):
         _C.append(*arguments)
     assert cache.state() == before
+
+
+WALK = ("table", "lists", "pool_tail", "pool_packed", "left", "valid", "classes", "window", "q")
+WALK_REFUSED = {  # argument, what is put in its place, sentence
+    "tail tokens": ("lists", [[3, 1, 2**31 - 1, 94]], STATE.format(3, 1, 2147483647)),
+    "left": ("left", [[0, 0]], "left: expected 2 tail and 0 packed pages for list 0, got 0 and 0"),
+    "too many left": ("left", [[161, 0]], r"left: expected 0\.\.160 pages in pool_tail, got 161 in list 0"),
+    "bits": ("classes", [[4, 5]], "classes: expected bits of 2, 3, 4, 8 or 16, got K 4, V 5 in list 0"),
+    "valid": ("valid", [31], r"valid: expected 0\.\.30, got 31"),
+    "no sequences": ("valid", [], "valid: expected a divisor of the 1 lists, got 0 sequences"),
+    "sequences": ("valid", [1, 1], "valid: expected a divisor of the 1 lists, got 2 sequences"),
+    "window": ("window", 1 << 25, r"window: expected an integer in 0\.\.16777216, got 33554432"),
+    "q": ("q", -1, r"q: expected an integer in 0\.\.16777216, got -1"),
+}
+
+
+@pytest.mark.parametrize("what", WALK_REFUSED)
+def test_walk_refused(what: str) -> None:
+    name, bad, sentence = WALK_REFUSED[what]
+    mirror = Mirror(filled(94))
+    arguments = [*mirror.arrays, np.array([30], np.int32), mirror.classes, 0, 30]
+    at = WALK.index(name)
+    arguments[at] = bad if isinstance(bad, int) else np.array(bad, arguments[at].dtype)
+    before = [np.asarray(x).tobytes() for x in arguments]
+    with pytest.raises(ValueError, match=rf"^append_walk: {sentence}$"):
+        _C.append_walk(*arguments)
+    assert [np.asarray(x).tobytes() for x in arguments] == before
+
+
+def test_nothing_to_walk() -> None:
+    for lists, valid in ((0, None), (0, np.zeros(0, np.int32)), (3, np.zeros(3, np.int32))):
+        arrays = [np.zeros((lists, 4), kind) for kind in (np.uint64, np.int32, np.uint32, np.uint32)]
+        before = [array.copy() for array in arrays]
+        _C.append_walk(*arrays, np.zeros((lists, 2), np.int32), valid, np.full((lists, 2), 4, np.uint8), 5, 7)
+        assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_what_the_benchmark_compares(staggered: bool) -> None:
+    """Its lists, on the CPU: row by row they become what the check makes of all rows at once."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    from kvcomp.bench import append_cuda
+
+    caches = append_cuda.Caches(2, 4, 3, staggered=staggered, device="cpu", seed=0)
+    for _ in range(100):
+        for layer in range(2):
+            caches.append(layer)
+    assert caches.wrong_bytes(100) == 0
+    assert caches.wrong_bytes(99) > 0
+    caches.arena[int(caches.units[5]) * UNIT] ^= 1
+    assert caches.wrong_bytes(100) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -364,11 +367,20 @@ def test_alloc_refuses(arguments: tuple[object, ...], error: type[Exception], se
 
 
 def test_new_refuses() -> None:
-    for arguments in ((1, 2), ("x",), (0,), (-5,)):
+    for arguments in ((1, -2), (1, 2**31), (1, "cuda"), (1, None), ("x",), (0,), (-5,), (1 << 20, -1, 0)):
         with pytest.raises((TypeError, ValueError), match=r"^arena: "):
             _C.Arena(*arguments)
-    with pytest.raises(TypeError, match=r"^arena: expected at most one positional argument, reserve_bytes$"):
-        _C.Arena(reserve_bytes=5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^arena: expected reserve_bytes and device at most$"):
+        _C.Arena(bytes=5)  # type: ignore[call-arg]
+    assert _C.Arena(None).device == _C.Arena(reserve_bytes=1 << 20, device=-1).device == -1
+
+
+def test_a_device_that_is_not_there() -> None:
+    found = _C.cuda_info()
+    wanted, error = (99, ValueError) if found["available"] else (0, _C.CudaError)
+    sentence = "device: expected a CUDA device in 0" if found["available"] else "expected CUDA to be usable: cuda: "
+    with pytest.raises(error, match=f"^arena: {sentence}"):
+        _C.Arena(device=wanted)
 
 
 def test_addresses_beyond_32_bits() -> None:
@@ -381,6 +393,139 @@ def test_addresses_beyond_32_bits() -> None:
         write(arena, far, value)
         assert read(arena, int(far[1])) == {value}
     assert arena.nbytes > 1 << 34
+
+
+# ---- bookkeeping of a device's memory, without a device
+
+
+EXTENSION = Path(_C.__file__)
+FAKE = Path(__file__).with_name("fake_cuda.c")
+GRANULE, MEMORY, IDLE = 64 << 10, 160 << 20, 64 << 20  # the first two are fake_cuda.c's
+
+PRELUDE = f"""
+import importlib.util, os
+import numpy as np
+spec = importlib.util.spec_from_file_location("kvcomp._C", os.path.abspath({EXTENSION.name!r}))
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+GRANULE, MEMORY, IDLE = {GRANULE}, {MEMORY}, {IDLE}
+random = np.random.default_rng(1)
+
+def filled(arena, size, count):
+    pages, data = arena.alloc(size, count), random.integers(0, 256, (count, size), np.uint8)
+    arena.write(size, pages, data)
+    return pages, data
+
+def content(arena, size, pages):
+    data = np.zeros((len(pages), size), np.uint8)
+    arena.read(size, pages, data)
+    return data
+
+def refused(error, sentence, function, *arguments):
+    try:
+        function(*arguments)
+    except error as found:
+        assert str(found).startswith(sentence), found
+    else:
+        raise AssertionError(sentence)
+"""
+
+RANDOM_USE = """
+for seed in range(6):
+    random = np.random.default_rng(seed)
+    arena = _C.Arena([1 << 22, 1 << 24, None][seed % 3], 0)
+    sizes = [128, 1152, 4096, 9984, 100096]
+    live = {size: (np.zeros(0, np.uint32), np.zeros((0, size), np.uint8)) for size in sizes}
+    for _ in range(120):
+        size = sizes[random.integers(len(sizes))]
+        pages, data = live[size]
+        state, action = (arena.nbytes, arena.used), random.integers(4)
+        if action < 2:
+            try:
+                more, bytes = filled(arena, size, int(random.integers(60)))
+            except MemoryError:
+                assert (arena.nbytes, arena.used) == state
+                continue
+            live[size] = np.concatenate([pages, more]), np.concatenate([data, bytes])
+        elif action == 2:
+            gone = random.random(len(pages)) < random.random()
+            arena.free(size, pages[gone])
+            live[size] = pages[~gone], data[~gone]
+        else:
+            try:
+                arena.compact(size, pages)
+            except MemoryError:
+                assert (arena.nbytes, arena.used) == state
+        touched = set()
+        for size, (pages, data) in live.items():
+            assert (content(arena, size, pages) == data).all()
+            for unit in pages.tolist():
+                touched.update(range(unit * 128 // GRANULE, (unit * 128 + size - 1) // GRANULE + 1))
+        assert arena.used == sum(data.size for _, data in live.values())
+        assert len(touched) * GRANULE <= arena.nbytes
+    for size, (pages, _) in live.items():
+        arena.free(size, pages)
+    assert arena.used == 0 and arena.nbytes <= IDLE
+    del arena
+"""
+
+IDLE_MEMORY = """
+arena = _C.Arena(device=0)
+assert arena.device == 0 and arena.nbytes == 0
+small, _ = filled(arena, 128, 3)
+assert (arena.nbytes, arena.used) == (GRANULE, 384)
+other, _ = filled(arena, 4096, 4)
+assert (arena.nbytes, arena.used) == (GRANULE, 384 + 4 * 4096), "slabs share a granule"
+large, data = filled(arena, 1 << 20, 100)
+assert arena.nbytes == (100 << 20) + GRANULE
+state = arena.nbytes, arena.used
+refused(MemoryError, "arena: expected 73400320 bytes of free memory on cuda:0, got 62849024 of 167772160",
+        arena.alloc, 1 << 20, 70)
+assert (arena.nbytes, arena.used) == state and (content(arena, 1 << 20, large) == data).all()
+arena.free(1 << 20, large[:50].copy())
+assert arena.nbytes == state[0], "its slab lives"
+arena.free(1 << 20, large[50:].copy())
+assert arena.used == 384 + 4 * 4096 and 0 < arena.nbytes - GRANULE <= IDLE // 2
+again = arena.alloc(1 << 20, 20)
+assert arena.nbytes - GRANULE <= IDLE // 2, "what was idle is taken first"
+arena.free(1 << 20, again)
+os.environ["FAKE_CAPTURE"] = "1"  # nothing can be taken back
+pages = arena.alloc(1 << 20, 100)
+arena.free(1 << 20, pages)
+assert arena.nbytes - GRANULE >= 100 << 20
+del os.environ["FAKE_CAPTURE"]
+arena.free(128, small[:1].copy())
+assert arena.nbytes - GRANULE <= IDLE // 2
+"""
+
+REFUSED = """
+refused(ValueError, "arena: device: expected a CUDA device in 0..0, got 1", _C.Arena, None, 1)
+arena, host = _C.Arena(None, 0), _C.Arena()
+pages = arena.alloc(128, 4)
+refused(ValueError, "arena: units: expected live pages of 128 bytes, got unit 77", arena.free, 128,
+        np.array([77], np.uint32))
+refused(MemoryError, "arena: expected room for ", arena.alloc, 1 << 30, 1)
+rows, index = np.zeros((1, 1, 16, 64), np.float32), np.zeros(1, np.int32)
+refused(ValueError, "pack: keys: expected the device of arena (cuda:0), got cpu:0", _C.pack, arena, rows, rows,
+        np.zeros(1, np.uint64), index, index, index, (64, 64, 1, 1, 0), 0, 0, 0, 0, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the extension and a library beside it that says it is CUDA."""
+    folder = tmp_path_factory.mktemp("fake")
+    shutil.copy(EXTENSION, folder)
+    command = ["cc", "-shared", "-fPIC", f"-DMEMORY=({MEMORY})", "-I", str(FAKE.parents[1] / "csrc"), str(FAKE)]
+    subprocess.run([*command, "-o", str(folder / "libkvcomp_cuda.so")], check=True)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("code", [RANDOM_USE, IDLE_MEMORY, REFUSED], ids=["random use", "idle memory", "refused"])
+def test_granules_of_a_device(fake: Path, code: str) -> None:
+    result = subprocess.run([sys.executable, "-c", PRELUDE + code], cwd=fake, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 class Model(RuleBasedStateMachine):

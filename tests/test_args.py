@@ -382,7 +382,115 @@ def test_broadcast_outputs() -> None:
     pack(np.broadcast_to(ROWS[:, :, :1], ROWS.shape))
 
 
+# ---- one device
+
+
+FLOAT, LISTS = np.dtype(np.float32), np.zeros((1, 4), np.int32)
+ROW, TABLE, LEFT = np.zeros((1, 1, 1, 64), FLOAT), np.zeros((1, 4), np.uint64), np.full((1, 2), 4, np.int32)
+STACKS = {"pool_tail": np.zeros((1, 8), np.uint32), "pool_packed": np.zeros((1, 4), np.uint32), "left": LEFT}
+INDEX = {name: np.zeros(1, np.int32) for name in ("lists", "start", "tokens")}
+BYTES, ONE = np.zeros(4096, np.uint8), np.ones(1, np.int32)
+OPERATIONS: dict[str, tuple[dict[str, Array], tuple[Any, ...]]] = {
+    "pack": (
+        {"arena": BYTES, "keys": ROW, "values": ROW, "pages": np.zeros(1, np.uint64), **INDEX},
+        (LAYOUT, 0, 0, 0, 0, 0),
+    ),
+    "unpack": (
+        {"keys": ROW, "values": ROW, "arena": BYTES, "pages": np.zeros(1, np.uint64), **INDEX},
+        (LAYOUT, 0),
+    ),
+    "append": (
+        {"arena": BYTES, "table": TABLE, "lists": LISTS, **STACKS, "keys": ROW, "values": ROW, "valid": ONE}
+        | {"classes": np.full((1, 2), 16, np.uint8)},
+        (LAYOUT, 128, 0, 0, 0, 0, 0),
+    ),
+    "append_walk": (
+        {"table": TABLE, "lists": LISTS, **STACKS, "valid": ONE, "classes": np.full((1, 2), 16, np.uint8)},
+        (128, 1),
+    ),
+    "attend": (
+        {"out": ROW, "mass": np.zeros((1, 4), FLOAT), "queries": ROW, "arena": BYTES, "table": TABLE, "lists": LISTS}
+        | {"new_tokens": ONE, "workspace": BYTES},
+        (LAYOUT, 0, 1.0, 0.0, 0, None, 0),
+    ),
+    "divide": ({"divisions": np.zeros((1, 64), np.int32), "tables": TABLE[None], "lists": LISTS[None]}, (LAYOUT,)),
+    "score": (
+        {"importance": np.zeros((1, 1, 1), FLOAT), "queries": ROW, "keys": ROW, "first": ONE, "workspace": BYTES},
+        (1.0, 0.0, 0, 0, 1),
+    ),
+    "norms": ({"out": np.zeros((1, 1, 1), FLOAT), "rows": ROW, "first": ONE}, (0,)),
+    "accumulate": (
+        {"worth": np.zeros((1, 4), FLOAT), "mass": np.zeros((1, 4), FLOAT), "table": TABLE, "lists": LISTS},
+        (1.0, 1.0),
+    ),
+    "select": (
+        {"kept": np.zeros((1, 4), np.uint8), "importance": np.zeros((1, 4), FLOAT), "keep": ONE, "first": ONE}
+        | {"workspace": BYTES},
+        (0, 1),
+    ),
+}
+
+
+def of_cuda(array: Array) -> Producer:
+    """Says that it is a CUDA tensor; nobody is to read it."""
+    return Producer(array.copy(), versioned=False, device_type=CUDA)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_every_tensor_lies_on_one_device(name: str) -> None:
+    """One tensor of CUDA among CPU tensors, and one of the CPU among CUDA tensors: both are named."""
+    arrays, rest = OPERATIONS[name]
+    first, other, *_ = arrays
+    for wrong in arrays:
+        given = [of_cuda(array) if key == wrong else array.copy() for key, array in arrays.items()]
+        got = rf"{wrong}: expected the device of {first} \(cpu:0\), got cuda:0"
+        if wrong == first:
+            got = rf"{other}: expected the device of {first} \(cuda:0\), got cpu:0"
+        if name == "append_walk":
+            got = f"{wrong}: expected a CPU tensor, got one on cuda:0"
+        with pytest.raises(ValueError, match=rf"^{name}: {got}$"):
+            getattr(_C, name)(*given, *rest)
+        if wrong == first or name == "append_walk":
+            continue
+        given = [array.copy() if key == wrong else of_cuda(array) for key, array in arrays.items()]
+        with pytest.raises(
+            ValueError, match=rf"^{name}: {wrong}: expected the device of {first} \(cuda:0\), got cpu:0$"
+        ):
+            getattr(_C, name)(*given, *rest)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_every_operation_asks_for_cuda(name: str) -> None:
+    if _C.cuda_info()["runtime"]:
+        pytest.skip("needs a build without CUDA")
+    arrays, rest = OPERATIONS[name]
+    producers = [of_cuda(array) for array in arrays.values()]
+    error, got = _C.CudaError, "expected CUDA to be usable: cuda: library: expected libkvcomp_cuda.so"
+    if name == "append_walk":
+        error, got = ValueError, "table: expected a CPU tensor, got one on cuda:0"
+    with pytest.raises(error, match=f"^{name}: {got}"):
+        getattr(_C, name)(*producers, *rest)
+    assert all(producer.deleted for producer in producers)
+
+
+def test_what_only_cuda_takes() -> None:
+    arrays, rest = OPERATIONS["divide"]
+    with pytest.raises(ValueError, match=r"^divide: divisions: expected a CUDA tensor, got one on the CPU$"):
+        _C.divide(*[array.copy() for array in arrays.values()], *rest)
+    arrays, rest = OPERATIONS["attend"]
+    for division, early, got in (
+        (np.zeros(8, np.int32), 0, r"division: expected none on the CPU, got shape \(8,\)"),
+        (None, 1, "early: expected 0, or 1 on CUDA, got 1"),
+        (None, 2, r"early: expected an integer in 0\.\.1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=rf"^attend: {got}$"):
+            _C.attend(*[array.copy() for array in arrays.values()], *rest[:-2], division, early)
+
+
 # ---- scalars and counts
+
+
+NO_COUNT = ("set_threads", "threads", "cuda_info", "simd")
 
 
 def test_numbers() -> None:
@@ -395,13 +503,28 @@ def test_numbers() -> None:
             _C.page_tokens(wrong, 4)
 
 
-@pytest.mark.parametrize(
-    "name", ["pack", "unpack", "append", "append_need", "attend", "attend_workspace", "page_bytes"]
-)
+@pytest.mark.parametrize("name", [name for name in sorted(vars(_C)) if name[0].islower() and name not in NO_COUNT])
 def test_number_of_arguments(name: str) -> None:
     for arguments in ((), (None,) * 30):
         with pytest.raises(TypeError, match=rf"^{name}: expected \d+ positional arguments, got {len(arguments)}$"):
             getattr(_C, name)(*arguments)
+
+
+def test_sizes_of_cuda_workspaces() -> None:
+    """Numbers are looked at before CUDA is asked for."""
+    with pytest.raises(ValueError, match=r"^attend_workspace_cuda: head_dim: expected an integer in 1\.\.256, got 0$"):
+        _C.attend_workspace_cuda(1, 1, 1, 1, 0, 0)
+    with pytest.raises(ValueError, match=r"^divide_words: device: expected an integer in 0\.\.2147483647, got -1$"):
+        _C.divide_words(1, -1)
+    if not _C.cuda_info()["runtime"]:
+        for function, arguments in ((_C.attend_workspace_cuda, (1, 1, 1, 1, 64, 0)), (_C.divide_words, (1, 0))):
+            with pytest.raises(
+                _C.CudaError, match=rf"^{function.__name__}: expected CUDA to be usable: cuda: library: "
+            ):
+                function(*arguments)
+    elif not _C.cuda_info()["available"]:
+        with pytest.raises(_C.CudaError, match=r"^divide_words: device: expected a CUDA device's number, got 0$"):
+            _C.divide_words(1, 0)
 
 
 def test_threads_are_checked() -> None:

@@ -113,7 +113,7 @@ class Cache:
 
     def attend(self, queries: Any, **options: Any) -> Any:
         arguments = self.arguments(queries, **options)
-        _C.attend(*arguments)
+        _C.attend(*arguments, None, 0)
         return arguments[0]
 
     def check(self, queries: Array, *, length: float = 0.0, **options: Any) -> Array:
@@ -606,7 +606,7 @@ def test_refused(what: str) -> None:
     arguments = change(cache, what)
     before = [np.copy(arguments[0]), np.copy(arguments[1])]
     with pytest.raises((ValueError, TypeError), match=rf"^attend: {REFUSED[what]}$"):
-        _C.attend(*arguments)
+        _C.attend(*arguments, None, 0)
     assert np.array_equal(arguments[0], before[0]) and np.array_equal(arguments[1], before[1])
 
 

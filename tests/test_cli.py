@@ -319,8 +319,16 @@ def test_bench_attend_fails_over_its_bound(monkeypatch: pytest.MonkeyPatch, caps
     assert "expected at most 0, got" in capsys.readouterr().err
 
 
-def test_bench_attend_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--device: expected cpu" in refused(capsys, tmp_path, "bench", "attend", "--device", "cuda")
+def test_bench_attend_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcomp._C.cuda_info", lambda: {"available": False, "why": "none"})
+    assert "--device: expected a CUDA device, got none" in refused(
+        capsys, tmp_path, "bench", "attend", "--device", "cuda"
+    )
+    assert "--sections: expected none with --device cpu" in refused(
+        capsys, tmp_path, "bench", "attend", "--sections", "table"
+    )
     assert "--tokens: expected at least 1" in refused(capsys, tmp_path, "bench", "attend", "--tokens", 0)
     assert "--samples: expected at least 5" in refused(capsys, tmp_path, "bench", "attend", "--samples", 1)
 

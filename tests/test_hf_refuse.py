@@ -259,7 +259,7 @@ def test_an_interrupted_pass(model: Any) -> None:
 def test_other_devices_and_types(model: Any) -> None:
     cache = kvcomp.Cache(model.config, EXACT)
     far = torch.empty(1, 2, 8, 64, device="meta")
-    with pytest.raises(NotImplementedError, match="Cache: keys and values: expected CPU tensors for now, got meta"):
+    with pytest.raises(NotImplementedError, match="Cache: keys and values: expected CPU or CUDA tensors, got meta"):
         cache.update(far, far, 0)
     wide = torch.zeros(1, 2, 8, 64, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"expected float32, float16 or bfloat16, got torch\.float64"):

@@ -217,7 +217,43 @@ def test_error_on_gaussian_rows(scale: int) -> None:
             assert 1.7 < error[MINMAX] / error[SIGMA] < 3
 
 
-def test_search_is_never_worse_row_by_row() -> None:
+def best_of_ten_factors(rows: Array, bits: int, zero_point: int) -> Array:
+    """Least squared error of each row over ten factors on sigma's and min-max's scale, stored as fp16."""
+    low, high, most = rows.min(1), rows.max(1), 2**bits - 1
+    zero = rows.mean(1) if zero_point else np.zeros(len(rows))
+    sigma = {2: 0.996, 3: 0.586, 4: 0.335}[bits] * np.sqrt(((rows - zero[:, None]) ** 2).mean(1))
+    middle = (low + high) / 2 if zero_point else zero
+    span = high - low if zero_point else 2 * np.maximum(high, -low)
+    trials = [(f * sigma, zero) for f in (1, 0.8, 0.9, 1.12, 1.25, 1.4)]
+    trials += [(f * span / most, middle) for f in (1, 0.9, 0.8, 0.7)]
+    errors = []
+    for scale, around in trials:
+        s, z = (part.astype(np.float16).astype(np.float64)[:, None] for part in (scale, around))
+        codes = np.clip(np.rint((rows - z) / s + most / 2), 0, most)
+        errors.append(((z + s * (codes - most / 2) - rows) ** 2).sum(1))
+    return np.asarray(np.min(errors, 0))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "outlier"])
+def test_search_is_as_good_as_ten_factors(head_dim: int, kind: str) -> None:
+    """pack.h: within 3.5 percent, symmetric layouts within 6; a single row at most twice."""
+    random = np.random.default_rng(2)
+    rows = random.laplace(size=(2048, head_dim)) if kind == "laplace" else random.standard_normal((2048, head_dim))
+    rows[:, 5] *= 30 if kind == "outlier" else 1
+    rows = rows.astype(np.float32)
+    for bits, zero_point in itertools.product((2, 3, 4), (0, 1)):
+        pages = one_list(Layout(head_dim, head_dim, zero_point, FLOAT16), (bits, bits), len(rows))
+        pack(pages, rows[None, None], rows[None, None], Options(1, SEARCH))
+        keys = unpack(pages, (1, 1, *rows.shape), 1)[0][0, 0]
+        error = ((keys.astype(np.float64) - rows) ** 2).sum(1)
+        yardstick = best_of_ten_factors(rotate(rows).astype(np.float64), bits, zero_point)
+        assert error.sum() <= (1.035 if zero_point else 1.06) * yardstick.sum()
+        assert (error <= 2 * yardstick).all()
+
+
+def test_search_repairs_what_its_start_gets_wrong() -> None:
+    """Groups without a rotation, hard ones among them: over all better than sigma and min-max, no group much worse."""
     rows = hard_rows(np.random.default_rng(2), 256, 96)[None, None]
     rows = rows[:, :, np.abs(rows[0, 0]).max(1) < 1e4]
     n = rows.shape[2]
@@ -228,13 +264,17 @@ def test_search_is_never_worse_row_by_row() -> None:
             pack(pages, rows, rows, Options(0, kind))
             keys = unpack(pages, rows.shape, 0)[0].astype(np.float64)
             error.append(((keys - rows) ** 2).reshape(n, 3, 32).sum(2))
-        assert (error[0] <= np.minimum(error[1], error[2]) * 1.0001 + 1e-12).all()
+        assert (error[0] <= np.minimum(error[1], error[2]) * 1.9 + 1e-9).all()
+        spread = np.minimum(error[1], error[2]) > 1e-9
+        ratio = (error[0][spread] / np.minimum(error[1], error[2])[spread]).mean()
+        assert ratio <= 1.01
 
 
-@pytest.mark.parametrize("group, most", [(128, 1.02), (32, 1.05), (16, 1.08)])
+@pytest.mark.parametrize("group, most, searched", [(128, 1.02, 1.04), (32, 1.05, 1.08), (16, 1.08, 1.14)])
 @pytest.mark.parametrize("zero_point", [1, 0])
-def test_error_with_e5m3_scales(group: int, most: float, zero_point: int) -> None:
-    """Rows of 128: 2 percent above fp16's at most. Small groups leave less to round away, and save more bytes."""
+def test_error_with_e5m3_scales(group: int, most: float, searched: float, zero_point: int) -> None:
+    """Rows of 128: 2 percent above fp16's at most, and 4 where fp16's are searched for and fit best. Small groups leave
+    less to round away, and save more bytes."""
     rows = np.random.default_rng(14).standard_normal((1, 1, 4096, 128)).astype(np.float32)
     for bits, scale in itertools.product((2, 3, 4), (SIGMA, MINMAX, SEARCH)):
         error = []
@@ -242,7 +282,7 @@ def test_error_with_e5m3_scales(group: int, most: float, zero_point: int) -> Non
             pages = one_list(Layout(128, group, zero_point, FLOAT16, scale_dtype), (bits, bits), 4096)
             pack(pages, rows, rows, Options(1, scale))
             error.append(float(((unpack(pages, rows.shape, 1)[0] - rows) ** 2).mean()))
-        assert error[1] <= most * error[0]
+        assert error[1] <= (searched if scale == SEARCH else most) * error[0]
 
 
 def test_more_bits_are_better() -> None:

@@ -184,6 +184,33 @@ def test_strided_rows(dtype: torch.dtype) -> None:
         assert same_bits(memory.cpu(), before.cpu()), "unpack wrote beside the rows"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_both_kernels(head_dim: int, dtype: torch.dtype) -> None:
+    """Rows on 16-byte addresses go to the tensor core, others to the general kernel: the CPU's bytes from both, from
+    rows of every size (a row's own power of two decides how it is rounded) and next to ties."""
+    generator = torch.Generator().manual_seed(head_dim)
+    sizes = (-24, 16) if dtype == torch.float16 else (-70, 100)
+    for scale_dtype, zero_point in itertools.product((0, 1), (0, 1)):
+        case = Case(head_dim, head_dim, zero_point, dtype, scale_dtype, dtype)
+        b, h, s = case.shape
+        for rows in case.keys, case.values:
+            exponents = torch.randint(*sizes, (b, h, s, 1), generator=generator).float()
+            spread = torch.randint(-20, 1, (b, h, s, head_dim), generator=generator).float()
+            few_bits = torch.randint(-7, 8, (b, h, s, head_dim), generator=generator) / 8
+            rows.copy_((few_bits * 2.0 ** (exponents + spread)).to(dtype))
+        for scale in 0, 1, 2:
+            expected = case.pack("cpu", 1, scale)
+            for offset in 0, 4:
+                memory = torch.zeros(2, b, h, s, head_dim + 8, dtype=dtype, device="cuda")
+                keys, values = (part[..., offset : offset + head_dim] for part in memory)
+                keys.copy_(case.keys)
+                values.copy_(case.values)
+                arena = case.arena("cuda")
+                _C.pack(arena, keys, values, *[t.cuda() for t in case.index], case.layout, 1, scale, 0, 5, 1 << 40)
+                assert_same_pages(case, arena.cpu(), expected, (scale_dtype, zero_point, scale, offset))
+
+
 def test_offsets_beyond_32_bits() -> None:
     """A page behind 4 GiB of arena, a head behind 4 GiB of keys."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:

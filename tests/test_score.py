@@ -503,7 +503,7 @@ def test_accumulate_takes_attends_mass() -> None:
     for step in range(4):
         queries = normal(step, 2, group, 1, d)
         out = np.zeros_like(queries)
-        _C.attend(out, mass, queries, arena, table, lists, None, scratch, layout, 0, 0.125, 0.0, 0)
+        _C.attend(out, mass, queries, arena, table, lists, None, scratch, layout, 0, 0.125, 0.0, 0, None, 0)
         _C.accumulate(worth, mass, table, lists, 1.0, 1.0 / group)
     share = np.array([[64 / 104, 40 / 104, 0], [64 / 129, 64 / 129, 1 / 129]])  # zeros: all keys are alike
     np.testing.assert_allclose(worth, 4 * share, rtol=1e-5)

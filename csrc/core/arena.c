@@ -3,10 +3,10 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#define RUN_UNITS 32 /* a slab is a whole number of 4 KiB memory pages */
-#define HUGE_BYTES ((uintptr_t)2 << 20)
+#include "core/arena_memory.h"
+
+#define RUN_UNITS (KVC_RUN_BYTES / KVC_UNIT)             /* a slab is a whole number of 4 KiB memory pages */
 #define GIVE_BACK_UNITS ((uint32_t)(4 << 20) / KVC_UNIT) /* what compact moves before it gives memory back */
 #define FREE_END UINT32_MAX
 #define LIVE (UINT32_MAX - 1)
@@ -19,34 +19,26 @@ typedef struct {
 } slab;
 
 struct kvc_arena {
-    char *base;
-    int64_t reserved, nbytes, used;
+    kvc_arena_memory memory;
+    int64_t used;
     slab *slabs; /* by first unit; what lies between them is free */
     size_t slab_count, slab_room;
 };
 
-kvc_status kvc_arena_create(int64_t bytes, kvc_arena **out) {
+kvc_status kvc_arena_create(int64_t bytes, int device, kvc_arena **out) {
     kvc_arena *arena = calloc(1, sizeof *arena);
     KVC_CHECK(arena, KVC_ENOMEM, "arena: out of memory");
-    const int64_t most = (int64_t)UINT32_MAX * KVC_UNIT / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT);
-    bytes = bytes > most ? most : (bytes + RUN_UNITS * KVC_UNIT - 1) / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT);
-    for (;; bytes = bytes / 2 / (RUN_UNITS * KVC_UNIT) * (RUN_UNITS * KVC_UNIT)) {
-        arena->base =
-            mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (arena->base != MAP_FAILED) break;
-        if (bytes < 128 << 20) {
-            free(arena);
-            return kvc_fail(KVC_ENOMEM, "arena: expected 64 MiB of address space at least, got none");
-        }
-    }
-    arena->reserved = bytes;
-    *out = arena;
-    return KVC_OK;
+    const kvc_status status = kvc_arena_memory_open(&arena->memory, bytes, device);
+    if (status == KVC_OK)
+        *out = arena;
+    else
+        free(arena);
+    return status;
 }
 
 void kvc_arena_destroy(kvc_arena *arena) {
     if (!arena) return;
-    munmap(arena->base, (size_t)arena->reserved);
+    kvc_arena_memory_close(&arena->memory);
     for (size_t i = 0; i < arena->slab_count; i++) free(arena->slabs[i].next);
     free(arena->slabs);
     free(arena);
@@ -60,17 +52,10 @@ static void *grown(void *items, size_t *room, size_t wanted, size_t size) {
     return larger;
 }
 
-/* Huge memory pages for the whole ones inside a slab: attention reads gigabytes in order; none is held beyond it.
- * MADV_NOHUGEPAGE takes that back. */
-static void advise_huge(const kvc_arena *arena, const slab *of, int advice) {
-    const uintptr_t base = (uintptr_t)arena->base + (uintptr_t)of->first * KVC_UNIT;
-    const uintptr_t begin = (base + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
-    const uintptr_t end = (base + (uintptr_t)of->units * KVC_UNIT) & ~(HUGE_BYTES - 1);
-    if (begin < end) madvise((void *)begin, end - begin, advice); /* a hint: failing is as good as not asking */
-}
+static int64_t bytes_at(int64_t units) { return units * KVC_UNIT; }
 
-static void give_back(const kvc_arena *arena, int64_t first, int64_t units) {
-    madvise(arena->base + first * KVC_UNIT, (size_t)(units * KVC_UNIT), MADV_DONTNEED);
+static void give_back(kvc_arena *arena, int64_t first, int64_t units) {
+    kvc_arena_memory_discard(&arena->memory, bytes_at(first), bytes_at(units));
 }
 
 static uint32_t end_of(const slab *of) { return of->first + of->units; }
@@ -78,34 +63,40 @@ static uint32_t end_of(const slab *of) { return of->first + of->units; }
 /* The gap before slab s, or behind the last one. */
 static void gap_before(const kvc_arena *arena, size_t s, int64_t *low, int64_t *high) {
     *low = s ? end_of(&arena->slabs[s - 1]) : 0;
-    *high = s < arena->slab_count ? arena->slabs[s].first : arena->reserved / KVC_UNIT;
+    *high = s < arena->slab_count ? arena->slabs[s].first : kvc_arena_reserved(arena) / KVC_UNIT;
 }
 
 static int64_t whole_runs(int64_t units) { return (units + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS; }
 
-/* There is room for it. */
-static slab *slab_insert(kvc_arena *arena, size_t at, slab added) {
+/* There is room for it, and it has its memory. */
+static void slab_insert(kvc_arena *arena, size_t at, slab added) {
     memmove(arena->slabs + at + 1, arena->slabs + at, (arena->slab_count++ - at) * sizeof added);
     arena->slabs[at] = added;
-    arena->nbytes += (int64_t)added.units * KVC_UNIT;
-    advise_huge(arena, &added, MADV_HUGEPAGE);
-    return &arena->slabs[at];
 }
 
-/* A new slab of `pages` pages, or NULL when memory or address space is out. */
-static slab *slab_create(kvc_arena *arena, uint32_t page_units, int64_t pages) {
+/* A new slab of `pages` pages. ENOMEM: nothing has changed. */
+static kvc_status slab_create(kvc_arena *arena, uint32_t page_units, int64_t pages) {
     const int64_t units = whole_runs(pages * page_units);
     int64_t low, high;
     size_t at = 0;
     for (gap_before(arena, 0, &low, &high); high - low < units; gap_before(arena, at, &low, &high))
-        if (at++ == arena->slab_count) return NULL;
+        KVC_CHECK(at++ < arena->slab_count, KVC_ENOMEM,
+                  "arena: expected room for %lld pages of %lld bytes, got %lld bytes reserved and %lld taken",
+                  (long long)pages, (long long)bytes_at(page_units), (long long)kvc_arena_reserved(arena),
+                  (long long)kvc_arena_nbytes(arena));
     slab *slabs = grown(arena->slabs, &arena->slab_room, arena->slab_count + 1, sizeof *slabs);
-    if (!slabs) return NULL;
+    KVC_CHECK(slabs, KVC_ENOMEM, "arena: out of memory");
     arena->slabs = slabs;
     uint32_t *next = malloc((size_t)pages * sizeof *next);
-    if (!next) return NULL;
+    KVC_CHECK(next, KVC_ENOMEM, "arena: out of memory");
+    const kvc_status status = kvc_arena_memory_take(&arena->memory, bytes_at(low), bytes_at(units));
+    if (status != KVC_OK) {
+        free(next);
+        return status;
+    }
     for (int64_t i = 0; i < pages; i++) next[i] = i + 1 < pages ? (uint32_t)(i + 1) : FREE_END;
-    return slab_insert(arena, at, (slab){(uint32_t)low, (uint32_t)units, page_units, (uint32_t)pages, 0, 0, next});
+    slab_insert(arena, at, (slab){(uint32_t)low, (uint32_t)units, page_units, (uint32_t)pages, 0, 0, next});
+    return KVC_OK;
 }
 
 /* Gives an empty slab's memory back. */
@@ -113,8 +104,7 @@ static void slab_release(kvc_arena *arena, size_t s) {
     const slab gone = arena->slabs[s];
     memmove(arena->slabs + s, arena->slabs + s + 1, (--arena->slab_count - s) * sizeof gone);
     free(gone.next);
-    arena->nbytes -= (int64_t)gone.units * KVC_UNIT;
-    advise_huge(arena, &gone, MADV_NOHUGEPAGE);
+    kvc_arena_memory_drop(&arena->memory, bytes_at(gone.first), bytes_at(gone.units));
     give_back(arena, gone.first, gone.units);
 }
 
@@ -131,11 +121,7 @@ kvc_status kvc_arena_alloc(kvc_arena *arena, int64_t page_bytes, int64_t count, 
     int64_t idle = 0;
     for (size_t s = 0; s < arena->slab_count; s++)
         if (arena->slabs[s].page_units == page_units) idle += arena->slabs[s].pages - arena->slabs[s].live;
-    if (idle < count)
-        KVC_CHECK(slab_create(arena, page_units, count - idle), KVC_ENOMEM,
-                  "arena: expected room for %lld pages of %lld bytes, got %lld bytes reserved and %lld taken",
-                  (long long)(count - idle), (long long)page_bytes, (long long)arena->reserved,
-                  (long long)arena->nbytes);
+    if (idle < count) KVC_TRY(slab_create(arena, page_units, count - idle));
     int64_t taken = 0;
     for (size_t s = 0; s < arena->slab_count && taken < count; s++) {
         slab *from = &arena->slabs[s];
@@ -197,6 +183,7 @@ kvc_status kvc_arena_free(kvc_arena *arena, int64_t page_bytes, int64_t count, c
     arena->used -= count * page_bytes;
     for (size_t s = arena->slab_count; s-- > 0;)
         if (arena->slabs[s].live == 0) slab_release(arena, s);
+    kvc_arena_memory_trim(&arena->memory);
     return KVC_OK;
 }
 
@@ -324,28 +311,44 @@ static void give_back_rest(const compaction *c, int64_t low, int64_t high) {
     if (low < high) give_back(c->arena, low, high - low);
 }
 
+/* Pages that lie, and move, one behind the other. */
+typedef struct {
+    int64_t from, to, units;
+} stretch;
+
+static void move_stretch(const compaction *c, stretch *moved) {
+    if (moved->units)
+        kvc_arena_memory_move(&c->arena->memory, bytes_at(moved->to), bytes_at(moved->from), bytes_at(moved->units));
+    moved->units = 0;
+}
+
 /* Moves the pages that go up, from the last to the first, or those that go down, from the first to the last. As places
  * are in the order of pages, none is written over before it has moved, and the two directions never meet. Memory is
- * given back on the way, so that a move to somewhere else takes no second copy's. */
+ * given back on the way, so that on the CPU a move to somewhere else takes no second copy's. */
 static void move_pages(const compaction *c, bool up) {
-    const kvc_arena *arena = c->arena;
+    const uint32_t size = c->page_units;
     uint32_t low = 0, high = 0; /* a part of one slab from which all pages have moved away */
+    stretch s = {0, 0, 0};
     for (int64_t k = 0; k < c->n; k++) {
         const int64_t i = up ? c->n - 1 - k : k;
         const uint32_t from = c->from[i], to = c->place[i];
         const bool moves = up ? to > from : to < from;
-        if (moves)
-            memmove(arena->base + (int64_t)to * KVC_UNIT, arena->base + (int64_t)from * KVC_UNIT,
-                    (size_t)c->page_units * KVC_UNIT);
-        const bool joins = moves && low < high && slab_of(arena, from) == slab_of(arena, low);
+        const bool joins = moves && low < high && slab_of(c->arena, from) == slab_of(c->arena, low);
         if (!joins || high - low >= GIVE_BACK_UNITS) {
+            move_stretch(c, &s);
             give_back_rest(c, low, high);
             low = high = moves ? from : 0;
         }
         if (!moves) continue;
         if (up || low == high) low = from;
-        if (!up || high < from + c->page_units) high = from + c->page_units;
+        if (!up || high < from + size) high = from + size;
+        if (s.units &&
+            (up ? from + size != s.from || to + size != s.to : from != s.from + s.units || to != s.to + s.units))
+            move_stretch(c, &s);
+        if (!s.units || up) s.from = from, s.to = to;
+        s.units += size;
     }
+    move_stretch(c, &s);
 }
 
 /* The slabs that are to be instead of those that were. */
@@ -358,8 +361,7 @@ static void replace_slabs(compaction *c) {
             arena->slabs[kept++] = *at;
             continue;
         }
-        arena->nbytes -= (int64_t)at->units * KVC_UNIT;
-        advise_huge(arena, at, MADV_NOHUGEPAGE);
+        kvc_arena_memory_drop(&arena->memory, bytes_at(at->first), bytes_at(at->units));
         give_back_rest(c, at->first, end_of(at));
         free(at->next);
     }
@@ -367,7 +369,24 @@ static void replace_slabs(compaction *c) {
     for (size_t s = 0, at = 0; s < c->count; s++) {
         while (at < arena->slab_count && arena->slabs[at].first < c->slabs[s].first) at++;
         slab_insert(arena, at, c->slabs[s]);
+        kvc_arena_memory_advise(&arena->memory, bytes_at(c->slabs[s].first), bytes_at(c->slabs[s].units));
     }
+}
+
+/* Memory of the slabs that are to be, besides that of those that are. */
+static kvc_status take_slabs(const compaction *c) {
+    kvc_arena_memory *memory = &c->arena->memory;
+    KVC_TRY(kvc_arena_memory_begin_moves(memory));
+    for (size_t s = 0; s < c->count; s++) {
+        const kvc_status status =
+            kvc_arena_memory_take(memory, bytes_at(c->slabs[s].first), bytes_at(c->slabs[s].units));
+        if (status == KVC_OK) continue;
+        while (s-- > 0) kvc_arena_memory_drop(memory, bytes_at(c->slabs[s].first), bytes_at(c->slabs[s].units));
+        kvc_arena_memory_trim(memory);
+        kvc_arena_memory_end_moves(memory);
+        return status;
+    }
+    return KVC_OK;
 }
 
 kvc_status kvc_arena_compact(kvc_arena *arena, int64_t page_bytes, int64_t count, uint32_t *units) {
@@ -388,16 +407,17 @@ kvc_status kvc_arena_compact(kvc_arena *arena, int64_t page_bytes, int64_t count
     kvc_status status = KVC_OK;
     if (!c.from || !c.place || !c.slabs) status = kvc_fail(KVC_ENOMEM, "arena: out of memory");
     if (status == KVC_OK) status = list_live(&c, units);
-    if (status == KVC_OK && !plan_slabs(&c)) {
+    if (status == KVC_OK && !plan_slabs(&c)) status = kvc_fail(KVC_ENOMEM, "arena: out of memory");
+    if (status == KVC_OK) status = take_slabs(&c);
+    if (status != KVC_OK)
         while (c.count > 0) free(c.slabs[--c.count].next);
-        status = kvc_fail(KVC_ENOMEM, "arena: out of memory");
-    }
-    if (status == KVC_OK) { /* nothing fails from here on */
+    if (status == KVC_OK) { /* nothing but the device fails from here on */
         plan_places(&c);
-        for (size_t s = 0; s < c.count; s++) advise_huge(arena, &c.slabs[s], MADV_HUGEPAGE);
         move_pages(&c, false);
         move_pages(&c, true);
+        status = kvc_arena_memory_end_moves(&arena->memory);
         replace_slabs(&c);
+        kvc_arena_memory_trim(&arena->memory);
         for (int64_t k = 0; k < count; k++) units[k] = c.place[index_of(&c, units[k])];
     }
     free(c.from);
@@ -406,7 +426,12 @@ kvc_status kvc_arena_compact(kvc_arena *arena, int64_t page_bytes, int64_t count
     return status;
 }
 
-void *kvc_arena_base(const kvc_arena *arena) { return arena->base; }
-int64_t kvc_arena_reserved(const kvc_arena *arena) { return arena->reserved; }
-int64_t kvc_arena_nbytes(const kvc_arena *arena) { return arena->nbytes; }
+void *kvc_arena_base(const kvc_arena *arena) { return arena->memory.space.base; }
+int64_t kvc_arena_reserved(const kvc_arena *arena) { return arena->memory.space.reserved; }
+int kvc_arena_device(const kvc_arena *arena) { return arena->memory.space.device; }
+int64_t kvc_arena_nbytes(const kvc_arena *arena) { return arena->memory.bytes; }
 int64_t kvc_arena_used(const kvc_arena *arena) { return arena->used; }
+
+kvc_status kvc_arena_copy(const kvc_arena *arena, int64_t count, const kvc_copy *copies, bool wait, kvc_stream stream) {
+    return kvc_arena_memory_copy(&arena->memory, count, copies, wait, stream);
+}

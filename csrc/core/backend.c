@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "core/core.h"
+#include "kvcomp/backend.h"
 
 #define LIBRARY "libkvcomp_cuda.so"
 

@@ -241,32 +241,9 @@ static void mass_item(void *context, int64_t item) {
 }
 
 static kvc_status check(const kvc_attend_args *args, job *j) {
-    const int d = args->layout.head_dim;
-    KVC_TRY(kvc_expect_layout("attend", &args->layout));
-    KVC_TRY(kvc_expect_shape("attend", "queries", &args->queries, 4, (int64_t[]){-1, -1, -1, d}));
-    KVC_TRY(kvc_expect_float("attend", "queries", &args->queries));
-    KVC_TRY(kvc_expect_rows("attend", "queries", &args->queries));
-    KVC_TRY(kvc_expect_shape("attend", "out", &args->out, 4, args->queries.shape));
-    KVC_TRY(kvc_expect_float("attend", "out", &args->out));
-    KVC_TRY(kvc_expect_rows("attend", "out", &args->out));
+    KVC_TRY(kvc_attend_check(args));
     const int64_t b = args->queries.shape[0], hq = args->queries.shape[1], q = args->queries.shape[2];
-    KVC_TRY(kvc_expect_arena("attend", &args->arena));
-    KVC_TRY(kvc_expect_array("attend", "table", &args->table, KVC_UINT64, 2, (int64_t[]){-1, -1}));
-    const int64_t n = args->table.shape[0], capacity = args->table.shape[1];
-    KVC_TRY(kvc_expect_array("attend", "lists", &args->lists, KVC_INT32, 2, (int64_t[]){n, 4}));
-    if (kvc_given(&args->new_tokens))
-        KVC_TRY(kvc_expect_array("attend", "new_tokens", &args->new_tokens, KVC_INT32, 1, (int64_t[]){b}));
-    const int64_t h = b > 0 ? n / b : 0;
-    KVC_CHECK(
-        b == 0 ? n == 0 : n == b * h && (h == 0 ? hq == 0 : hq % h == 0), KVC_ESHAPE,
-        "attend: queries: expected the %lld lists to divide (b, hq, q, d) with hq a multiple of the KV heads, got %s",
-        (long long)n, kvc_shape_text(&args->queries));
-    KVC_CHECK(args->rotation == KVC_ROTATE_NONE || args->rotation == KVC_ROTATE_HADAMARD, KVC_EINVAL,
-              "attend: rotation: expected 0 (none) or 1 (hadamard), got %d", args->rotation);
-    KVC_CHECK(args->scale > 0.0f && isfinite(args->scale), KVC_EINVAL,
-              "attend: scale: expected a positive number, got %g", (double)args->scale);
-    KVC_CHECK(args->softcap >= 0.0f && isfinite(args->softcap), KVC_EINVAL,
-              "attend: softcap: expected 0 or a positive number, got %g", (double)args->softcap);
+    const int64_t n = args->table.shape[0], capacity = args->table.shape[1], h = b > 0 ? n / b : 0;
     int64_t most_pages = 0;
     for (int64_t i = 0; i < n; i++) {
         const kvc_list *list = (const kvc_list *)args->lists.data + i;
@@ -293,13 +270,10 @@ static kvc_status check(const kvc_attend_args *args, job *j) {
         KVC_CHECK(added >= 0 && added <= q, KVC_EINVAL, "attend: new_tokens: expected 0..%lld, got %lld", (long long)q,
                   (long long)added);
         if (kvc_given(&args->mass))
-            KVC_CHECK(args->mass.ndim == 2 && tokens <= args->mass.shape[1], KVC_ESHAPE,
-                      "attend: mass: expected (%lld, %lld or more), got %s", (long long)n, (long long)tokens,
-                      kvc_shape_text(&args->mass));
+            KVC_CHECK(tokens <= args->mass.shape[1], KVC_ESHAPE, "attend: mass: expected (%lld, %lld or more), got %s",
+                      (long long)n, (long long)tokens, kvc_shape_text(&args->mass));
         if (list->pages > most_pages) most_pages = list->pages;
     }
-    if (kvc_given(&args->mass))
-        KVC_TRY(kvc_expect_array("attend", "mass", &args->mass, KVC_FLOAT32, 2, (int64_t[]){n, -1}));
     *j = (job){.args = args,
                .tile = kvc_attend_tiles(),
                .heads = h,
@@ -308,7 +282,8 @@ static kvc_status check(const kvc_attend_args *args, job *j) {
                .chunks = chunks_of(most_pages),
                .blocks = h ? blocks_of(hq / h, q) : 0,
                .partial = args->workspace.data};
-    return kvc_expect_workspace("attend", &args->workspace, kvc_attend_workspace(n, most_pages, j->group, q, d));
+    return kvc_expect_workspace("attend", &args->workspace,
+                                kvc_attend_workspace(n, most_pages, j->group, q, args->layout.head_dim));
 }
 
 kvc_status kvc_attend_cpu(const kvc_attend_args *args, kvc_stream stream) {

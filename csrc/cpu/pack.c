@@ -4,12 +4,15 @@
 #include <math.h>
 #include <string.h>
 
+#include "cpu/attend_tile.h"
 #include "cpu/pack_page.h"
 #include "kvcomp/philox.h"
 
 #define T KVC_TILE
 
-static const float search_factors[KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS] = KVC_SEARCH_FACTORS;
+/* What must be compiled once for each instruction set: without its instruction a fused multiply-add is a slow call. */
+#define INLINE static inline __attribute__((always_inline))
+#define FMA __builtin_fmaf
 
 /* As ternaries: they vectorize, and which of two zeros or equals comes out is part of the contract (the second). */
 static inline float least_of(float a, float b) { return a < b ? a : b; }
@@ -21,9 +24,10 @@ void kvc_tile_clamp(kvc_tile x, int d) {
         for (int j = 0; j < T; j++) x[c][j] = clamped(x[c][j], -0x1p96f, 0x1p96f);
 }
 
-void kvc_tile_rotate(kvc_tile x, int d) {
+static float norm_of(int d) { return 1.0f / sqrtf((float)(d & -d)); }
+
+static void butterflies(kvc_tile x, int d) {
     const int block = d & -d;
-    const float norm = 1.0f / sqrtf((float)block);
     for (int stride = 1; stride < block; stride *= 2)
         for (int base = 0; base < d; base += 2 * stride)
             for (int c = base; c < base + stride; c++)
@@ -32,8 +36,48 @@ void kvc_tile_rotate(kvc_tile x, int d) {
                     x[c][j] = a + b;
                     x[c + stride][j] = a - b;
                 }
+}
+
+void kvc_tile_rotate(kvc_tile x, int d) {
+    const float norm = norm_of(d);
+    butterflies(x, d);
     for (int c = 0; c < d; c++)
         for (int j = 0; j < T; j++) x[c][j] *= norm;
+}
+
+/* What a tile's rows of y are: factors, and where the rows before the rotation tell mean and sigma, what they tell. */
+typedef struct {
+    float factor[T], first[T], first_unit[T], squares[T]; /* x[0], x[0] / unit, the sum of squares */
+    int whole;                                            /* 1: first, first_unit, squares are there */
+} facts;
+
+/* Rotates for classes below 16: pack.h, step 1. x is clamped. */
+INLINE void rotate_exactly(kvc_tile x, facts *f, const kvc_layout *layout) {
+    const int d = layout->head_dim;
+    const float norm = norm_of(d), magic = 12582912.0f;
+    float most[T] = {0}, inverse[T];
+    f->whole = layout->group == d && (d & (d - 1)) == 0;
+    if (f->whole) {
+        float sums[8][T] = {{0}};
+        for (int c = layout->zero_point ? 1 : 0; c < d; c++)
+            for (int j = 0; j < T; j++) sums[c / 4 % 8][j] = FMA(x[c][j], x[c][j], sums[c / 4 % 8][j]);
+        for (int stride = 1; stride < 8; stride *= 2)
+            for (int k = 0; k < 8; k += 2 * stride)
+                for (int j = 0; j < T; j++) sums[k][j] += sums[k + stride][j];
+        memcpy(f->squares, sums[0], sizeof sums[0]);
+        memcpy(f->first, x[0], sizeof x[0]);
+    }
+    for (int c = 0; c < d; c++)
+        for (int j = 0; j < T; j++) most[j] = most_of(x[c][j] < 0.0f ? -x[c][j] : x[c][j], most[j]);
+    for (int j = 0; j < T; j++) {
+        const float unit = kvc_row_unit(most[j]);
+        inverse[j] = kvc_power_inverse(unit);
+        f->factor[j] = unit * norm;
+        f->first_unit[j] = x[0][j] * inverse[j];
+    }
+    for (int c = 0; c < d; c++)
+        for (int j = 0; j < T; j++) x[c][j] = (x[c][j] * inverse[j] + magic) - magic;
+    butterflies(x, d);
 }
 
 void kvc_row_rotate(float *x, int d) {
@@ -51,7 +95,7 @@ void kvc_row_rotate(float *x, int d) {
 }
 
 /* Sums over n channels in the contract's order; the rows of `x` are used up. */
-static void tree_sum(float out[T], float (*x)[T], int n) {
+INLINE void tree_sum(float out[T], float (*x)[T], int n) {
     const int block = n & -n;
     for (int stride = block / 2; stride >= 1; stride /= 2)
         for (int base = 0; base < n; base += block)
@@ -70,36 +114,50 @@ typedef struct {
     float scale[T], zero[T];
 } affine;
 
+/* v = y * slope + offset: pack.h, step 3. */
+typedef struct {
+    float slope[T], offset[T];
+} line;
+
+INLINE void line_of(line *out, const affine *a, const float *factor, int bits) {
+    const float step = 1.0f / (float)((1 << bits) - 1);
+    for (int j = 0; j < T; j++) {
+        const float per = (a->scale[j] > 0.0f ? 1.0f / a->scale[j] : 0.0f) * step;
+        out->slope[j] = per * factor[j];
+        out->offset[j] = FMA(-a->zero[j], per, 0.5f);
+    }
+}
+
 /* Codes of one group as floats. */
-static void encode(float (*code)[T], float (*x)[T], int n, int bits, const affine *a) {
-    const float mid = kvc_mid(bits), most = (float)((1 << bits) - 1), magic = 12582912.0f; /* 1.5 * 2^23 */
-    float inverse[T];
-    for (int j = 0; j < T; j++) inverse[j] = a->scale[j] > 0.0f ? 1.0f / a->scale[j] : 0.0f;
+INLINE void encode(float (*code)[T], float (*x)[T], int n, int bits, const affine *a, const float *factor) {
+    const float most = (float)((1 << bits) - 1), magic = 12582912.0f; /* 1.5 * 2^23 */
+    line at;
+    line_of(&at, a, factor, bits);
     for (int c = 0; c < n; c++)
         for (int j = 0; j < T; j++) {
-            const float v = (x[c][j] - a->zero[j]) * inverse[j] + mid;
-            code[c][j] = (clamped(v, 0.0f, most) + magic) - magic;
+            const float v = FMA(x[c][j], at.slope[j], at.offset[j]);
+            code[c][j] = FMA(clamped(v, 0.0f, 1.0f), most, magic) - magic;
         }
 }
 
-static void encode_stochastic(float (*code)[T], float (*x)[T], int n, int bits, const affine *a, int first_channel,
-                              int half, const uint32_t *numbers, const kvc_rounding *r) {
-    const float mid = kvc_mid(bits), most = (float)((1 << bits) - 1);
-    for (int j = 0; j < T; j++) {
-        const float inverse = a->scale[j] > 0.0f ? 1.0f / a->scale[j] : 0.0f;
+INLINE void encode_stochastic(float (*code)[T], float (*x)[T], int n, int bits, const affine *a, const float *factor,
+                              int first_channel, int half, const uint32_t *numbers, const kvc_rounding *r) {
+    const float most = (float)((1 << bits) - 1);
+    line at;
+    line_of(&at, a, factor, bits);
+    for (int j = 0; j < T; j++)
         for (int c = 0; c < n; c += 4) {
             float u[4];
             kvc_philox_uniform4(u, r->seed, r->layer, r->list, 2 * numbers[j] + (uint32_t)half,
                                 (uint32_t)(first_channel + c) / 4);
             for (int i = 0; i < 4; i++) {
-                const float v = (x[c + i][j] - a->zero[j]) * inverse + mid;
-                code[c + i][j] = floorf(clamped(v + u[i], 0.0f, most));
+                const float v = FMA(FMA(x[c + i][j], at.slope[j], at.offset[j]), most, u[i]);
+                code[c + i][j] = floorf(clamped(v, 0.0f, most));
             }
         }
-    }
 }
 
-static void fit_minmax(affine *out, float (*x)[T], int n, int bits, int zero_point) {
+INLINE void fit_minmax(affine *out, float (*x)[T], const float *factor, int n, int bits, int zero_point) {
     float low[T], high[T];
     memcpy(low, x[0], sizeof low);
     memcpy(high, x[0], sizeof high);
@@ -111,13 +169,22 @@ static void fit_minmax(affine *out, float (*x)[T], int n, int bits, int zero_poi
     const float levels = (float)((1 << bits) - 1);
     for (int j = 0; j < T; j++) {
         const float most = most_of(-low[j], high[j]);
-        out->zero[j] = zero_point ? (low[j] + high[j]) * 0.5f : 0.0f;
-        out->scale[j] = (zero_point ? high[j] - low[j] : most + most) / levels;
+        out->zero[j] = zero_point ? (low[j] + high[j]) * 0.5f * factor[j] : 0.0f;
+        out->scale[j] = (zero_point ? high[j] - low[j] : most + most) * factor[j] / levels;
     }
 }
 
-static void fit_sigma(affine *out, float (*x)[T], int n, int bits, int zero_point, float (*scratch)[T]) {
+INLINE void fit_sigma(affine *out, float (*x)[T], const facts *f, int n, int bits, int zero_point,
+                      float (*scratch)[T]) {
     float mean[T] = {0}, variance[T];
+    if (f->whole) {
+        const float norm = norm_of(n);
+        for (int j = 0; j < T; j++) {
+            out->zero[j] = zero_point ? f->first[j] * norm : 0.0f;
+            out->scale[j] = kvc_sigma_step(bits) * sqrtf(f->squares[j] / (float)n);
+        }
+        return;
+    }
     if (zero_point) {
         memcpy(scratch, x, (size_t)n * sizeof *x);
         tree_sum(mean, scratch, n);
@@ -130,12 +197,12 @@ static void fit_sigma(affine *out, float (*x)[T], int n, int bits, int zero_poin
         }
     tree_sum(variance, scratch, n);
     for (int j = 0; j < T; j++) {
-        out->zero[j] = mean[j];
-        out->scale[j] = kvc_sigma_step(bits) * sqrtf(variance[j] / (float)n);
+        out->zero[j] = mean[j] * f->factor[j];
+        out->scale[j] = kvc_sigma_step(bits) * (sqrtf(variance[j] / (float)n) * f->factor[j]);
     }
 }
 
-static void store_precision(affine *a, const kvc_layout *layout) {
+INLINE void store_precision(affine *a, const kvc_layout *layout) {
     if (layout->scale_dtype == KVC_STEP_E5M3)
         for (int j = 0; j < T; j++) kvc_e5m3_round(&a->scale[j], &a->zero[j]);
     else
@@ -145,35 +212,66 @@ static void store_precision(affine *a, const kvc_layout *layout) {
         }
 }
 
-static void search(affine *best, float (*x)[T], const kvc_layout *layout, int bits, float (*scratch)[T]) {
-    const int n = layout->group, zero_point = layout->zero_point;
-    const int first = bits < 8 ? 0 : KVC_SIGMA_FACTORS;
-    const float mid = kvc_mid(bits);
-    float least[T];
-    affine base;
-    for (int j = 0; j < T; j++) least[j] = INFINITY;
-    *best = (affine){0};
-    if (first == 0) fit_sigma(&base, x, n, bits, zero_point, scratch);
-    for (int f = first; f < KVC_SIGMA_FACTORS + KVC_MINMAX_FACTORS; f++) {
-        if (f == KVC_SIGMA_FACTORS) fit_minmax(&base, x, n, bits, zero_point);
-        affine trial = base;
-        for (int j = 0; j < T; j++) trial.scale[j] *= search_factors[f];
-        store_precision(&trial, layout);
-        encode(scratch, x, n, bits, &trial);
+/* The tree over 32 sums. */
+INLINE void tree_of_32(float out[T], float (*sums)[T]) {
+    for (int stride = 16; stride >= 1; stride /= 2)
+        for (int k = 0; k < stride; k++)
+            for (int j = 0; j < T; j++) sums[k][j] += sums[k + stride][j];
+    memcpy(out, sums[0], sizeof sums[0]);
+}
+
+/* The scale and zero of least squared error for the codes that *a gives. */
+INLINE void refit(affine *a, float (*x)[T], const facts *f, const kvc_layout *layout, int bits, float (*scratch)[T]) {
+    const int n = layout->group;
+    const float half = (float)(1 << (bits - 1)), count = (float)n;
+    float k[T] = {0}, kk[T] = {0}, ky[T], y[T], parts[32][T] = {{0}}, plain[32][T] = {{0}};
+    encode(scratch, x, n, bits, a, f->factor);
+    for (int c = 0; c < n; c++)
+        for (int j = 0; j < T; j++) {
+            const float code = scratch[c][j] - half;
+            k[j] += code;
+            kk[j] = FMA(code, code, kk[j]);
+            parts[c % 32][j] = FMA(code, x[c][j], parts[c % 32][j]);
+        }
+    tree_of_32(ky, parts);
+    if (!f->whole || !layout->zero_point) {
         for (int c = 0; c < n; c++)
-            for (int j = 0; j < T; j++) {
-                const float error = trial.zero[j] + trial.scale[j] * (scratch[c][j] - mid) - x[c][j];
-                scratch[c][j] = error * error;
-            }
-        float errors[T];
-        tree_sum(errors, scratch, n);
-        for (int j = 0; j < T; j++)
-            if (errors[j] < least[j]) {
-                least[j] = errors[j];
-                best->scale[j] = trial.scale[j];
-                best->zero[j] = trial.zero[j];
-            }
+            for (int j = 0; j < T; j++) plain[c % 32][j] += x[c][j];
+        tree_of_32(y, plain);
     }
+    for (int j = 0; j < T; j++) {
+        float t, zero = 0.0f;
+        if (layout->zero_point) {
+            const float m = k[j] / count, mean = f->whole ? f->first_unit[j] : y[j] / count;
+            t = FMA(-k[j], mean, ky[j]) / FMA(-m, k[j], kk[j]);
+            zero = FMA(-t, m + 0.5f, mean) * f->factor[j];
+        } else {
+            t = FMA(0.5f, y[j], ky[j]) / (kk[j] + k[j] + 0.25f * count);
+        }
+        const float scale = t * f->factor[j];
+        if (t > 0.0f && scale > 0.0f && scale < INFINITY) {
+            a->scale[j] = scale;
+            a->zero[j] = zero;
+        }
+    }
+}
+
+INLINE void search(affine *best, float (*x)[T], const facts *f, const kvc_layout *layout, int bits,
+                   float (*scratch)[T]) {
+    const int n = layout->group, zero_point = layout->zero_point;
+    fit_minmax(best, x, f->factor, n, bits, zero_point);
+    for (int j = 0; j < T; j++) best->scale[j] *= kvc_search_factor(bits, n, zero_point);
+    if (kvc_search_sigma(bits, n)) {
+        affine sigma;
+        fit_sigma(&sigma, x, f, n, bits, zero_point, scratch);
+        for (int j = 0; j < T; j++) {
+            best->scale[j] = least_of(sigma.scale[j], best->scale[j]);
+            best->zero[j] = (sigma.zero[j] + best->zero[j]) * 0.5f;
+        }
+    }
+    store_precision(best, layout);
+    refit(best, x, f, layout, bits, scratch);
+    store_precision(best, layout);
 }
 
 /* Scales and zeros that are rounded already, as bytes and back. */
@@ -208,11 +306,11 @@ static uint8_t *half_at(const uint8_t *page, const kvc_layout *layout, int k_bit
 static int token_of(int half, int lane, int e) { return half ? kvc_v_token(lane, e) : kvc_k_token(lane, e); }
 static int channel_of(int half, int lane, int e) { return half ? kvc_v_channel(lane, e) : kvc_k_channel(lane, e); }
 
-void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x,
-                    const uint32_t *numbers, const kvc_rounding *r) {
-    static const uint32_t no_numbers[T];
+INLINE void write_tile(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x, const facts *f,
+                       const uint32_t *numbers, const kvc_rounding *r) {
     const kvc_layout *layout = r->layout;
-    const int d = layout->head_dim, bits = half ? v_bits : k_bits, room = kvc_page_tokens(k_bits, v_bits);
+    const int d = layout->head_dim, n = layout->group, bits = half ? v_bits : k_bits;
+    const int room = kvc_page_tokens(k_bits, v_bits);
     uint8_t *at = half_at(page, layout, k_bits, v_bits, half);
     uint32_t *words = (uint32_t *)at;
     kvc_tile codes, scratch;
@@ -222,23 +320,22 @@ void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, i
             for (int j = 0; j < T; j++) halves[c][j] = j < valid ? kvc_float_to_half(x[c][j], layout->half) : 0;
     } else {
         uint8_t *scales = at + kvc_code_bytes(layout, bits, room);
-        for (int g = 0; g < d / layout->group; g++) {
-            float (*rows)[T] = x + g * layout->group;
+        for (int g = 0; g < d / n; g++) {
+            float (*rows)[T] = x + g * n;
             affine a;
             if (r->scale == KVC_SCALE_SEARCH) {
-                search(&a, rows, layout, bits, scratch);
+                search(&a, rows, f, layout, bits, scratch);
             } else {
                 if (r->scale == KVC_SCALE_MINMAX || bits >= 8)
-                    fit_minmax(&a, rows, layout->group, bits, layout->zero_point);
+                    fit_minmax(&a, rows, f->factor, n, bits, layout->zero_point);
                 else
-                    fit_sigma(&a, rows, layout->group, bits, layout->zero_point, scratch);
+                    fit_sigma(&a, rows, f, n, bits, layout->zero_point, scratch);
                 store_precision(&a, layout);
             }
             if (r->stochastic)
-                encode_stochastic(codes + g * layout->group, rows, layout->group, bits, &a, g * layout->group, half,
-                                  numbers ? numbers : no_numbers, r);
+                encode_stochastic(codes + g * n, rows, n, bits, &a, f->factor, g * n, half, numbers, r);
             else
-                encode(codes + g * layout->group, rows, layout->group, bits, &a);
+                encode(codes + g * n, rows, n, bits, &a, f->factor);
             for (int j = 0; j < valid; j++)
                 put_step(scales + kvc_scale_offset(layout, room, g, tile * T + j), a.scale[j], a.zero[j], layout);
         }
@@ -252,6 +349,54 @@ void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, i
                 kvc_code_set(words, bits, room, place,
                              halves[ct * T + channel_of(half, lane, e)][token_of(half, lane, e)]);
             }
+}
+
+/* Rows as they come (clamped, where they are to be) or, `rotated`, as pack rotates them first. */
+INLINE void put_tile(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x, int rotated,
+                     const uint32_t *numbers, const kvc_rounding *r) {
+    facts f = {.whole = 0};
+    for (int j = 0; j < T; j++) f.factor[j] = 1.0f;
+    if (rotated && (half ? v_bits : k_bits) < 16)
+        rotate_exactly(x, &f, r->layout);
+    else if (rotated)
+        kvc_tile_rotate(x, r->layout->head_dim);
+    write_tile(page, k_bits, v_bits, half, tile, valid, x, &f, numbers, r);
+}
+
+typedef void put_fn(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x, int rotated,
+                    const uint32_t *numbers, const kvc_rounding *r);
+
+static void put_base(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x, int rotated,
+                     const uint32_t *numbers, const kvc_rounding *r) {
+    put_tile(page, k_bits, v_bits, half, tile, valid, x, rotated, numbers, r);
+}
+
+#ifdef KVC_HAVE_X86_ISAS
+__attribute__((target("avx2,fma"))) static void put_avx2(uint8_t *page, int k_bits, int v_bits, int half, int tile,
+                                                         int valid, kvc_tile x, int rotated, const uint32_t *numbers,
+                                                         const kvc_rounding *r) {
+    put_tile(page, k_bits, v_bits, half, tile, valid, x, rotated, numbers, r);
+}
+__attribute__((target("avx512f"))) static void put_avx512(uint8_t *page, int k_bits, int v_bits, int half, int tile,
+                                                          int valid, kvc_tile x, int rotated, const uint32_t *numbers,
+                                                          const kvc_rounding *r) {
+    put_tile(page, k_bits, v_bits, half, tile, valid, x, rotated, numbers, r);
+}
+#endif
+
+static put_fn *put_for_this_machine(void) {
+#ifdef KVC_HAVE_X86_ISAS
+    const char *name = kvc_attend_tiles()->name;
+    if (strcmp(name, "avx512") == 0) return put_avx512;
+    if (strcmp(name, "avx2") == 0) return put_avx2;
+#endif
+    return put_base;
+}
+
+void kvc_tile_write(uint8_t *page, int k_bits, int v_bits, int half, int tile, int valid, kvc_tile x,
+                    const uint32_t *numbers, const kvc_rounding *r) {
+    static const uint32_t no_numbers[T];
+    put_for_this_machine()(page, k_bits, v_bits, half, tile, valid, x, 0, numbers ? numbers : no_numbers, r);
 }
 
 void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int half, int tile,
@@ -286,6 +431,7 @@ static void pack_page(void *context, int64_t i) {
     const int64_t heads = args->keys.shape[1];
     const int d = args->layout.head_dim;
     const kvc_rounding rounding = {&args->layout, args->scale, args->stochastic, args->layer, list, args->seed};
+    put_fn *const put = put_for_this_machine();
     uint8_t *bytes = (uint8_t *)args->arena.data + (int64_t)page.unit * KVC_UNIT;
     memset(bytes, 0, (size_t)kvc_page_bytes(&args->layout, page.k_bits, page.v_bits));
     for (int half = 0; half < 2; half++) {
@@ -303,8 +449,8 @@ static void pack_page(void *context, int64_t i) {
                 for (int c = 0; c < d; c++) x[c][j] = row[c];
             }
             if (args->rotation != KVC_ROTATE_NONE || bits < 16) kvc_tile_clamp(x, d);
-            if (args->rotation == KVC_ROTATE_HADAMARD) kvc_tile_rotate(x, d);
-            kvc_tile_write(bytes, page.k_bits, page.v_bits, half, tile, valid, x, numbers, &rounding);
+            put(bytes, page.k_bits, page.v_bits, half, tile, valid, x, args->rotation == KVC_ROTATE_HADAMARD, numbers,
+                &rounding);
         }
     }
 }

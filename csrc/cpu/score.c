@@ -13,31 +13,11 @@
 
 #include "cpu/score_block.h"
 
-#define CHUNK 256   /* tokens whose keys are turned at once */
-#define BLOCK 64    /* rows converted at once */
-#define BAND 512    /* rows of an item of the first pass */
-#define LANES 16    /* floats that a head's part of the workspace is a multiple of */
-#define SPREAD 8192 /* rows times parts of the first pass do not exceed this, or there is one part */
+#define CHUNK KVC_SCORE_CHUNK
+#define BLOCK 64 /* rows converted at once */
+#define BAND 512 /* rows of an item of the first pass */
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t step_of(int64_t padded, int64_t s) {
-    const int64_t chunks = kvc_ceil_div(s, CHUNK), most = SPREAD / padded;
-    return kvc_ceil_div(chunks, most < 1 ? 1 : most < chunks ? most : chunks) * CHUNK;
-}
-
-static int64_t head_floats(int64_t padded, int64_t s) {
-    return kvc_ceil_div(2 * padded * (kvc_ceil_div(s, step_of(padded, s)) + 1) + s, LANES) * LANES;
-}
-
-int64_t kvc_score_workspace(int64_t b, int64_t hq, int64_t w, int64_t s, int64_t d) {
-    (void)d;
-    if (b == 0 || hq == 0 || w == 0 || s == 0) return 0;
-    if ((double)b * (double)hq * 4.0 * (4.0 * ((double)w + KVC_SCORE_ROWS) + 2.0 * SPREAD + (double)s + LANES) > 0x1p61)
-        return INT64_MAX;
-    /* A group of g heads needs no more than g heads alone do. */
-    return b * hq * head_floats(kvc_ceil_div(w, KVC_SCORE_ROWS) * KVC_SCORE_ROWS, s) * (int64_t)sizeof(float);
-}
 
 static int64_t first_of(const kvc_score_args *args, int64_t b) {
     return kvc_given(&args->first) ? ((const int32_t *)args->first.data)[b] : 0;
@@ -46,7 +26,7 @@ static int64_t first_of(const kvc_score_args *args, int64_t b) {
 static kvc_score_head head_at(const kvc_score_job *j, int64_t i) {
     const int64_t first = first_of(j->args, i / j->h), real = j->s - first, used = real < j->w ? real : j->w;
     kvc_score_head view = {.b = i / j->h, .h = i % j->h, .first = first, .used = used, .rows = j->group * used};
-    view.part_most = (float *)j->args->workspace.data + i * head_floats(j->padded, j->s);
+    view.part_most = (float *)j->args->workspace.data + i * kvc_score_head_floats(j->padded, j->s);
     view.part_total = view.part_most + j->padded * j->parts;
     view.most = view.part_total + j->padded * j->parts;
     view.share = view.most + j->padded;
@@ -180,44 +160,6 @@ static void finish(void *context, int64_t i) {
 
 /* ---- the operation */
 
-static kvc_status check(const kvc_score_args *args) {
-    KVC_TRY(kvc_expect_shape("score", "queries", &args->queries, 4, (int64_t[]){-1, -1, -1, -1}));
-    const int64_t b = args->queries.shape[0], hq = args->queries.shape[1], w = args->queries.shape[2],
-                  d = args->queries.shape[3];
-    KVC_TRY(kvc_expect_shape("score", "keys", &args->keys, 4, (int64_t[]){b, -1, -1, d}));
-    const int64_t h = args->keys.shape[1], s = args->keys.shape[2];
-    KVC_TRY(kvc_expect_float("score", "queries", &args->queries));
-    KVC_TRY(kvc_expect_float("score", "keys", &args->keys));
-    KVC_CHECK(d >= 1 && d <= KVC_MAX_HEAD_DIM, KVC_ESHAPE, "score: keys: expected 1..%d channels, got %lld",
-              KVC_MAX_HEAD_DIM, (long long)d);
-    KVC_CHECK(h >= 1 && hq >= 1 && hq % h == 0, KVC_ESHAPE,
-              "score: queries: expected a multiple of the %lld KV heads of keys, got %lld heads", (long long)h,
-              (long long)hq);
-    KVC_CHECK(w >= 1 && w <= s, KVC_ESHAPE,
-              "score: queries: expected a window of 1..%lld tokens (those of keys), got %lld", (long long)s,
-              (long long)w);
-    KVC_CHECK(s <= INT32_MAX, KVC_ESHAPE, "score: keys: expected at most 2^31 - 1 tokens, got %lld", (long long)s);
-    KVC_TRY(kvc_expect_rows("score", "queries", &args->queries));
-    KVC_TRY(kvc_expect_rows("score", "keys", &args->keys));
-    KVC_TRY(kvc_expect_array("score", "importance", &args->importance, KVC_FLOAT32, 3, (int64_t[]){b, h, s}));
-    if (kvc_given(&args->first))
-        KVC_TRY(kvc_expect_array("score", "first", &args->first, KVC_INT32, 1, (int64_t[]){b}));
-    for (int64_t i = 0; i < b; i++)
-        KVC_CHECK(first_of(args, i) >= 0 && first_of(args, i) <= s, KVC_EINVAL,
-                  "score: first: expected 0..%lld, got %lld", (long long)s, (long long)first_of(args, i));
-    KVC_CHECK(isfinite(args->scale), KVC_EINVAL, "score: scale: expected a finite number, got %g", (double)args->scale);
-    KVC_CHECK(isfinite(args->softcap) && args->softcap >= 0.0f, KVC_EINVAL,
-              "score: softcap: expected a finite number >= 0, got %g", (double)args->softcap);
-    KVC_CHECK(args->reduce >= KVC_REDUCE_SUM && args->reduce <= KVC_REDUCE_SEEN, KVC_EINVAL,
-              "score: reduce: expected 0 (sum), 1 (mean) or 2 (mean over the rows that see the token), got %d",
-              args->reduce);
-    KVC_CHECK(args->pool_kind == KVC_POOL_AVG || args->pool_kind == KVC_POOL_MAX, KVC_EINVAL,
-              "score: pool_kind: expected 0 (average) or 1 (maximum), got %d", args->pool_kind);
-    KVC_CHECK(args->pool >= 1 && args->pool % 2 == 1, KVC_EINVAL, "score: pool: expected an odd width >= 1, got %d",
-              args->pool);
-    return kvc_expect_workspace("score", &args->workspace, kvc_score_workspace(b, hq, w, s, d));
-}
-
 /* Rows begin .. of one sequence. */
 static bool finite_from(const kvc_tensor *tensor, int64_t b, int64_t begin) {
     kvc_tensor view = *tensor;
@@ -239,7 +181,7 @@ static kvc_status not_finite(const kvc_score_job *j, const kvc_score_head *view)
 
 kvc_status kvc_score_cpu(const kvc_score_args *args, kvc_stream stream) {
     (void)stream;
-    KVC_TRY(check(args));
+    KVC_TRY(kvc_score_check(args));
     const int64_t b = args->keys.shape[0], h = args->keys.shape[1], s = args->keys.shape[2];
     kvc_score_job j = {.args = args,
                        .tile = kvc_attend_tiles(),
@@ -252,7 +194,7 @@ kvc_status kvc_score_cpu(const kvc_score_args *args, kvc_stream stream) {
     j.blocks = kvc_score_blocks_for(j.tile);
     j.padded = kvc_ceil_div(j.group * j.w, KVC_SCORE_ROWS) * KVC_SCORE_ROWS;
     j.bands = kvc_ceil_div(j.padded, BAND);
-    j.step = step_of(j.padded, s);
+    j.step = kvc_score_step(j.padded, s);
     j.parts = kvc_ceil_div(s, j.step);
     kvc_parallel(b * h * j.parts * j.bands, 0, first_pass, &j);
     kvc_parallel(b * h, 0, merge, &j);

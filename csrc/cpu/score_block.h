@@ -1,9 +1,8 @@
 /* score_block.h: score's inner loops, a block of rows over a chunk of tokens, one build per instruction set. */
 #pragma once
 #include "cpu/attend_tile.h"
-#include "kvcomp/score.h"
+#include "cpu/score_check.h"
 
-#define KVC_SCORE_ROWS 4               /* that one loop serves */
 #define KVC_SCORE_TILE KVC_PAGE_TOKENS /* what `probabilities` of attend_tile.h takes at once */
 
 typedef struct kvc_score_blocks kvc_score_blocks;

@@ -67,27 +67,9 @@ static void norms_list(void *context, int64_t i) {
     }
 }
 
-static kvc_status check(const kvc_norms_args *args) {
-    KVC_TRY(kvc_expect_shape("norms", "rows", &args->rows, 4, (int64_t[]){-1, -1, -1, -1}));
-    KVC_TRY(kvc_expect_float("norms", "rows", &args->rows));
-    const int64_t b = args->rows.shape[0], s = args->rows.shape[2], d = args->rows.shape[3];
-    KVC_CHECK(d >= 1 && d <= KVC_MAX_HEAD_DIM, KVC_ESHAPE, "norms: rows: expected 1..%d channels, got %lld",
-              KVC_MAX_HEAD_DIM, (long long)d);
-    KVC_TRY(kvc_expect_rows("norms", "rows", &args->rows));
-    KVC_TRY(kvc_expect_array("norms", "out", &args->out, KVC_FLOAT32, 3, args->rows.shape));
-    if (kvc_given(&args->first))
-        KVC_TRY(kvc_expect_array("norms", "first", &args->first, KVC_INT32, 1, (int64_t[]){b}));
-    for (int64_t i = 0; i < b; i++)
-        KVC_CHECK(first_of(args, i) >= 0 && first_of(args, i) <= s, KVC_EINVAL,
-                  "norms: first: expected 0..%lld, got %lld", (long long)s, (long long)first_of(args, i));
-    KVC_CHECK(args->centered == 0 || args->centered == 1, KVC_EINVAL, "norms: centered: expected 0 or 1, got %d",
-              args->centered);
-    return KVC_OK;
-}
-
 kvc_status kvc_norms_cpu(const kvc_norms_args *args, kvc_stream stream) {
     (void)stream;
-    KVC_TRY(check(args));
+    KVC_TRY(kvc_norms_check(args));
     const int64_t lists = args->rows.shape[0] * args->rows.shape[1];
     job j = {.args = args, .h = args->rows.shape[1], .s = args->rows.shape[2], .d = args->rows.shape[3]};
     kvc_parallel(lists, 0, check_list, &j);

@@ -8,7 +8,7 @@
 #define KVC_DIGITS (1 << KVC_DIGIT_BITS)
 
 /* Tokens that a list keeps of `real` ones. */
-static inline int64_t kvc_select_kept(int64_t real, int64_t keep, int64_t window) {
+KVC_HD int64_t kvc_select_kept(int64_t real, int64_t keep, int64_t window) {
     return keep > real || real <= window ? real : keep;
 }
 

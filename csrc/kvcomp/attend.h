@@ -13,8 +13,12 @@
  *
  * Bound against fp64 on the unpacked values: |error| <= max|v| * (2e-6 * (1 + ln tokens) + 2e-8 * scale * |q| |k|) for
  * fp32 queries and output; half a unit of the output's type on top otherwise.
- * Errors: ESHAPE (query heads that are no multiple of the KV heads, too), EDTYPE, EINVAL, ENOTSUP (head_dim).
- * Workspace: kvc_attend_workspace bytes, 64-aligned. */
+ * CUDA: K's codes times q in 16-bit fixed point, p times V's scale in fp16, sums in fp32 that are emptied every 512
+ * tokens a warp: |error| <= 1e-3 of the exact output's root mean square over a head's channels, for fp32 output.
+ * Deterministic for one device; the order of sums depends on its number of multiprocessors and on the division. Errors:
+ * ESHAPE (query heads that are no multiple of the KV heads, too), EDTYPE, EINVAL, ENOTSUP (head_dim). Workspace:
+ * kvc_attend_workspace bytes, 64-aligned; CUDA: kvc_attend_workspace_cuda bytes that are 0xFF before the first call,
+ * which every call leaves so; one for each stream. */
 #pragma once
 #include "format.h"
 #include "kvcomp.h"
@@ -28,11 +32,16 @@ typedef struct {
     kvc_tensor lists;      /* in  (n,4) int32: kvc_list, n = b*h */
     kvc_tensor new_tokens; /* in (b,) int32, 0..q; left out: q */
     kvc_tensor workspace;  /* (bytes,) uint8 */
+    kvc_tensor division;   /* in (w,) int32 (divide.h), of these lists, tail and all or before the last appends; CUDA
+                            * only; left out: attend divides by itself, in a launch of its own */
     kvc_layout layout;
     int32_t rotation; /* kvc_rotation of the pages */
     float scale;      /* of the logits, > 0, finite */
     float softcap;    /* 0: none */
     int32_t threads;  /* 0: as many as kvc_threads() */
+    int32_t early; /* CUDA only. 1: all that is read but the tails, that is queries, division, lists' pages before the
+                    * tail and their table entries, was complete before the stream's last kernel began, which is append
+                    * or attend: reading overlaps it */
 } kvc_attend_args;
 
 typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream);
@@ -40,10 +49,15 @@ typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream)
 #ifdef __cplusplus
 extern "C" {
 #endif
-kvc_attend_fn kvc_attend_cpu;
+kvc_attend_fn kvc_attend_cpu, kvc_attend_cuda;
+/* The checks both definitions share: all that need no tensor's data. */
+kvc_status kvc_attend_check(const kvc_attend_args *args);
 /* Workspace bytes for n lists of at most `pages` pages each, q queries of `group` heads, with or without mass;
  * INT64_MAX where that overflows. */
 int64_t kvc_attend_workspace(int64_t n, int64_t pages, int64_t group, int64_t q, int32_t head_dim);
+/* CUDA: for n lists with c table entries each; mass_tokens: columns of mass, 0 without. */
+int64_t kvc_attend_workspace_cuda(int64_t n, int64_t c, int64_t group, int64_t q, int32_t head_dim,
+                                  int64_t mass_tokens);
 #ifdef __cplusplus
 }
 #endif

@@ -1,4 +1,4 @@
-/* kvcomp.h: what every operation's contract shares: status, tensor views, streams, the CUDA backend's table.
+/* kvcomp.h: what every operation's contract shares: status, tensor views, streams.
  *
  * An operation X is declared once, in X.h, as a function type `kvc_X_fn`; the CPU and the CUDA definition are both
  * of that type, so they cannot drift. Operations never allocate, never synchronize and never print; memory they need
@@ -60,29 +60,6 @@ typedef void *kvc_stream; /* a cudaStream_t; ignored by the CPU */
 
 /* The sentence of the last failure on this thread: "operation: argument: expected ..., got ...". */
 const char *kvc_last_error(void);
-
-/* What libkvcomp_cuda.so hands over through its one exported symbol, kvc_cuda_backend(). */
-#define KVC_BACKEND_API 1
-struct kvc_pack_args;
-struct kvc_unpack_args;
-typedef struct {
-    uint32_t api_version;                  /* KVC_BACKEND_API of the library's build */
-    uint32_t format_version;               /* KVC_FORMAT_VERSION of the library's build */
-    const char *architectures;             /* "90a" or "80,89,90a,100a,ptx80": what the binary holds */
-    int (*device_count)(const char **why); /* >= 0; 0 with a sentence in *why when CUDA cannot be used */
-    int (*runtime_version)(void);          /* CUDART_VERSION of the build */
-    int (*driver_version)(void);           /* 0 without a driver */
-    const char *(*device_name)(int device, int *compute_capability);
-    const char *(*error)(void); /* the last failure's sentence on this thread */
-    kvc_status (*pack)(const struct kvc_pack_args *args, kvc_stream stream);
-    kvc_status (*unpack)(const struct kvc_unpack_args *args, kvc_stream stream);
-} kvc_backend;
-typedef const kvc_backend *kvc_backend_fn(void);
-
-/* The CUDA backend, loaded on the first call from `directory` (the folder of the extension module); NULL with a
- * sentence in *why when there is none. Thread-safe; never initializes CUDA by itself. */
-const kvc_backend *kvc_cuda(const char **why);
-void kvc_cuda_set_directory(const char *directory);
 
 #ifdef __cplusplus
 }

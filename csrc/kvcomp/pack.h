@@ -1,39 +1,52 @@
 /* pack.h: K, V rows -> rotate, quantize, write pages; and back.
  *
  * pack: page i of `pages` takes the tokens tokens[start[i] .. start[i] + pages[i].tokens) of list lists[i].
- *   1. rotate: orthonormal Hadamard in blocks of the largest power of two dividing d (128: one block; 80: five of 16);
- *      stages of stride 1, 2, 4, ... in order, each (a + b, a - b) in fp32, then one multiplication by 1/sqrt(block).
- *   2. per token and group of channels a scale s and a zero z, both fp32, rounded to what the layout stores before they
- *      are used (search: before they are tried):
+ *   1. rotate: orthonormal Hadamard in blocks of the largest power of two dividing d (128: one block; 80: five of 16).
+ *      Class 16: stages of stride 1, 2, 4, ... in order, each (a + b, a - b) in fp32, then one multiplication by
+ *      1/sqrt(block). Other classes: the row is first rounded to multiples (nearest even) of a power of two, its unit:
+ *      kvc_row_unit of its largest magnitude, a 2^-14 of that or less. Then all sums are integers below 2^24, exact in
+ *      fp32 in any order, and the row stays as these integers with the factor unit * (1/sqrt(block)). Rows that are not
+ *      rotated have the factor 1. y below are the integers, or the row; a value is y * factor.
+ *   2. per token and group of n channels a scale s and a zero z, both fp32, rounded to what the layout stores before
+ *      they are used:
  *        KVC_SCALE_SIGMA   z = mean, s = c(bits) * sigma, c = 0.996, 0.586, 0.335 for 2, 3, 4 bits (the mean squared
  *                          error's minimum on Gaussian rows); 8 bits: min-max. Symmetric layouts: sigma about 0.
  *        KVC_SCALE_MINMAX  z = (min + max) / 2, s = (max - min) / (2^bits - 1); symmetric: 2 max|x| / (2^bits - 1)
- *        KVC_SCALE_SEARCH  the factor on sigma's and min-max's scale, of a fixed list, with the least squared error
- *      sigma = sqrt(sum((x - mean)^2) / n). The list that search tries, in this order, the first least error winning:
- *      sigma's scale and zero times 1, 0.8, 0.9, 1.12, 1.25, 1.4, then min-max's times 1, 0.9, 0.8, 0.7 (at 8 bits only
- *      min-max's); a candidate's error is the sum over channels of (z + s * (code - mid) - x)^2, rounding to nearest.
- *      Where all of them overflow float32 (values above about 1e18), s = z = 0.
- *      Rounded, KVC_STEP_FP16: both to fp16, nearest even, saturated at 65504.
+ *        KVC_SCALE_SEARCH  a start, its codes, and the scale and zero of least squared error for these codes.
+ *      sigma = sqrt(sum((y - mean)^2) / n), times factor. Where a rotated row is one block and one group, its mean and
+ *      sigma come from the row before the rotation, which keeps lengths and turns the mean into the first channel: mean
+ *      = x[0] * (1/sqrt(n)), sigma = sqrt(sum of the other channels' squares / n) (symmetric: of all), the sum as 8
+ *      chains of fma over the channels with the same (channel / 4) % 8, in their order, then added as pairs of pairs.
+ *      search: the start is min-max's zero and its scale times kvc_search_factor, at 2 bits and n > 32 the lesser of
+ *      that and sigma's scale, and the middle of both zeros. Rounded as stored, it gives codes; with k = code -
+ *      2^(bits-1), m = sum(k) / n, M = mean of y (one block and group: x[0] / unit): t = (sum(k y) - sum(k) M) /
+ *      (sum(k k) - m sum(k)), s = t * factor, z = (M - t (m + 0.5)) * factor; symmetric: t = (sum(k y) + sum(y) / 2) /
+ *      (sum(k k) + sum(k) + n / 4). Sums of k are exact; that of k y is 32 chains of fma, one for each channel % 32 of
+ *      the group, then a tree (strides 16, 8, 4, 2, 1), and sum(y) the same with additions. The start stays where t is
+ * not above 0, or s no finite number above 0. Rounded, KVC_STEP_FP16: both to fp16, nearest even, saturated at 65504.
  *      Rounded, KVC_STEP_E5M3: a zero far outside the group's spread would not fit in its int8, so it raises the scale:
  *      1. s = max(s, |z| / 15.875), to the nearest E5M3, ties to even, saturated at 61440;
  *      2. where 15.875 * s + 2^-18 < |z| still, s becomes the next larger E5M3, if there is one;
  *      3. z = s / 8 times z * 8 / s, clamped to -128 .. 127 and rounded to the nearest even integer; 0 where s is 0.
  *      Step 3 so clamps nothing but zeros above 15.875 * 61440 and, by less than 2^-18, some of tiny groups: 2^-18 is
  *      half the smallest scale, so groups with |z| and s up to that become zeros, which is nearer to them.
- *   3. v = (x - z) * (1 / s) + mid, clamped to 0 .. 2^bits - 1; code = v rounded to the nearest even integer, or, with
- *      stochastic rounding, floor(min(v + u, 2^bits - 1)), u uniform in [0, 1) from philox.h, row 2*token + is_value,
- *      the clamp coming after the sum. 1 / s is 0 for a zero scale, which so gives round(mid).
+ *   3. r = (1 / s) * (1 / most), most = 2^bits - 1, and 0 for a zero scale; v = fma(y, r * factor, fma(-z, r, 0.5)):
+ *      the place between the lowest code's value and the highest one's, 0 .. 1 where nothing is clamped.
+ *      code = v clamped to 0 .. 1, times most, rounded once, to the nearest even integer; or, with stochastic rounding,
+ *      floor of fma(v, most, u) clamped to 0 .. most, u uniform in [0, 1) from philox.h, row 2*token + is_value.
  *   A group of zeros takes the sign of its first channel's zero (the ternaries of pack.c).
  *   Rotated or quantized values are clamped to +-2^96 first, so that nothing overflows on the way.
- *   Sums over n channels: blocks of the largest power of two dividing n, inside a block a tree (strides halving from
- *   n/2), then block after block. No fused multiply-add anywhere: CPU and CUDA write the same bytes.
+ *   Other sums over n channels: blocks of the largest power of two dividing n, inside a block a tree (strides halving
+ *   from n/2), then block after block. fma is one rounding, wherever this text or the code says it, and nothing else is
+ *   fused: CPU and CUDA write the same bytes.
  *   Class 16 rounds (rotated) values to the layout's 16-bit type, nearest even, saturated at its largest finite value.
  *
  * unpack: the inverse, value = z + s * (code - mid), un-rotated unless told otherwise; exact for class 16 without
  * rotation.
  *
  * Reached on N(0, 1) rows of 128: mean squared error <= 0.12, 0.038, 0.012 at 2, 3, 4 bits; with E5M3 scales at
- * most 2 percent more than with fp16.
+ * most 2 percent more than with fp16 (search: 4, but below sigma's and min-max's where there are zeros). search with
+ * fp16 scales: at most 3.5 percent, symmetric 6, above the best of ten factors on sigma's and min-max's scale.
  * Errors: ESHAPE, EDTYPE, EDEVICE; EINVAL for classes, indices or pages out of range and for NaN or Inf in a row that a
  * page takes (CPU; checked before anything is written. CUDA leaves the check to its caller: it would have to
  * synchronize).
@@ -69,10 +82,43 @@ KVC_HD uint32_t kvc_e5m3_pair(float scale, float zero) {
 /* And back. */
 KVC_HD float kvc_e5m3_zero(float scale, uint32_t byte) { return scale * (float)(int8_t)byte * 0.125f; }
 
-/* What search tries: this many factors of sigma's step, then this many of min-max's. */
-#define KVC_SIGMA_FACTORS 6
-#define KVC_MINMAX_FACTORS 4
-#define KVC_SEARCH_FACTORS {1.0f, 0.8f, 0.9f, 1.12f, 1.25f, 1.4f, 1.0f, 0.9f, 0.8f, 0.7f}
+/* Where search starts, as a part of min-max's scale: the fewer the channels, the nearer the extremes are. */
+KVC_HD float kvc_search_factor(int bits, int n, int zero_point) {
+    const float wide = bits == 2   ? n <= 32 ? 0.78f : 0.7f
+                       : bits == 3 ? n <= 32    ? 0.92f
+                                     : n <= 96  ? 0.85f
+                                     : n <= 128 ? 0.8f
+                                                : 0.76f
+                       : bits == 4 ? n <= 32    ? 0.98f
+                                     : n <= 128 ? 0.94f
+                                                : 0.9f
+                                   : 1.0f;
+    return zero_point || bits == 8 ? wide : 0.95f * wide;
+}
+
+/* Whether the start at these bits looks at sigma too. */
+KVC_HD int kvc_search_sigma(int bits, int n) { return bits == 2 && n > 32; }
+
+/* 2^(e - 14) for 2^e <= most < 2^(e+1), e at least -60: what a row with the largest magnitude `most` <= 2^96 is rounded
+ * to. */
+KVC_HD float kvc_row_unit(float most) {
+    uint32_t bits;
+    float unit;
+    most = most > 0x1p-60f ? most : 0x1p-60f;
+    memcpy(&bits, &most, 4);
+    bits = (bits & 0x7f800000) - (14u << 23);
+    memcpy(&unit, &bits, 4);
+    return unit;
+}
+
+/* 1 / x for a power of two between 2^-126 and 2^126. */
+KVC_HD float kvc_power_inverse(float power) {
+    uint32_t bits;
+    memcpy(&bits, &power, 4);
+    bits = (254u << 23) - bits;
+    memcpy(&power, &bits, 4);
+    return power;
+}
 
 typedef struct kvc_pack_args {
     kvc_tensor arena;  /* out (bytes,) uint8: where pages lie */

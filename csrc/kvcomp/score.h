@@ -20,19 +20,31 @@
  * fp32 throughout, sums over rows and the pooled values in double; probabilities below e^-87 of a row's largest are 0.
  * Errors: ESHAPE, EDTYPE; EINVAL for NaN or infinity in what is read, logits that overflow float32, a scale or softcap
  * that is not finite, a softcap < 0, an even pool.
- * Workspace: kvc_score_workspace bytes (INT64_MAX where that overflows).
+ * Workspace: kvc_score_workspace bytes, of either device's definition (INT64_MAX where that overflows).
+ *
+ * CUDA: head dimensions 64, 80, 96, 128, 256, fewer than 2^30 rows and tokens (else ENOTSUP). 16-bit queries and keys
+ * of one type are multiplied as they are, anything else as float32 in three products of 11-bit parts; sums in float32,
+ * over rows in two steps. Against exact arithmetic a value is off by a factor of at most e^(4 * (d + 2) * 2^-24 *
+ * |scale| * (sum of |q k|)) + 2e-4, by the rounding of products; tests hold it to 1e-4 of the largest for logits of a
+ * trained model's size. A row's probabilities below 2^-126 of its largest are 0. Logits are to stay below 2^29. What
+ * can only be seen in the data is not refused, as that would need a wait: first is taken as the nearest of 0..s, NaN,
+ * infinity and overflow leave undefined importance in their sequence and KV head, and float32 above 3.4e38 counts as
+ * infinite where it is split. The work is divided by shapes alone: the same bits every time.
  *
  * norms: the L2 norm of every row: of keys a score by itself (Devoto et al., arXiv 2406.11430: keys of small norm draw
  * attention), of values a weight for attention scores. centered: of the row minus its list's mean over real tokens.
  * Sums in double, rounded once; at most FLT_MAX. Tokens before first[b] get 0, and their rows are never read. Errors:
- * ESHAPE, EDTYPE; EINVAL for NaN or infinity in a real row, first outside 0..s.
+ * ESHAPE, EDTYPE; EINVAL for NaN or infinity in a real row, first outside 0..s (CUDA: norms of such rows, and,
+ * centered, of their list, are not defined; first as in score).
  *
  * accumulate: attention collected page by page while decoding, from attend's mass: worth = keep * worth + gain * (sum
  * of the page's mass) for each list's pages in use, in double, at most FLT_MAX; infinity stays; entries behind the last
  * page become 0.
  * Errors: ESHAPE, EDTYPE; EINVAL for a page of unknown bits or with more tokens than its class holds, a list whose
  * pages or tokens disagree with the table, worth in use that is negative or NaN, mass in use that is negative, NaN or
- * infinite, keep outside 0..1, a gain that is negative, NaN or infinite. All are found before anything is written. */
+ * infinite, keep outside 0..1, a gain that is negative, NaN or infinite. All are found before anything is written. CUDA
+ * looks at no data before it runs: pages beyond the table and tokens beyond the mass are left out, values are taken as
+ * they are. */
 #pragma once
 #include "kvcomp.h"
 
@@ -74,10 +86,14 @@ typedef kvc_status kvc_accumulate_fn(const kvc_accumulate_args *args, kvc_stream
 #ifdef __cplusplus
 extern "C" {
 #endif
-kvc_score_fn kvc_score_cpu;
+kvc_score_fn kvc_score_cpu, kvc_score_cuda;
+kvc_norms_fn kvc_norms_cpu, kvc_norms_cuda;
+kvc_accumulate_fn kvc_accumulate_cpu, kvc_accumulate_cuda;
 int64_t kvc_score_workspace(int64_t b, int64_t hq, int64_t w, int64_t s, int64_t d);
-kvc_norms_fn kvc_norms_cpu;
-kvc_accumulate_fn kvc_accumulate_cpu;
+/* What both definitions refuse: shapes, types, ranges; on the CPU also what first, table and lists say. */
+kvc_status kvc_score_check(const kvc_score_args *args);
+kvc_status kvc_norms_check(const kvc_norms_args *args);
+kvc_status kvc_accumulate_check(const kvc_accumulate_args *args);
 #ifdef __cplusplus
 }
 #endif

@@ -4,7 +4,9 @@
  * first `sinks` tokens, then the most important others (ties: the older token). Window and sinks count inside `keep`:
  * when it is smaller than they are, the newest tokens win. A list whose real tokens number at most `window` is kept
  * whole, whatever keep says. Importance left out (streaming): sinks and the newest tokens only. Tokens before first[i]
- * do not exist: they are not kept, and their importance is not read.
+ * do not exist: they are not kept, and their importance is not read. CUDA makes the CPU's choice, bit for bit; what can
+ * only be seen in the data is not refused there, as that would need a wait: keep and first are taken as the nearest
+ * numbers allowed, NaN and negative importance orders by its bits, above all else.
  *
  * kvc_ada (Feng et al., Ada-KV, arXiv 2407.11550): the `heads` lists of sequence b share keep[b] tokens. Every list
  * first keeps min(floor[b], its real tokens) of its own, just as kvc_select would; what is left goes to the most
@@ -59,8 +61,10 @@ typedef kvc_status kvc_share_fn(const kvc_share_args *args);
 #ifdef __cplusplus
 extern "C" {
 #endif
-kvc_select_fn kvc_select_cpu;
+kvc_select_fn kvc_select_cpu, kvc_select_cuda;
 int64_t kvc_select_workspace(int64_t n, int64_t s);
+/* What both definitions refuse: shapes, types, ranges; on the CPU also what importance, keep and first say. */
+kvc_status kvc_select_check(const kvc_select_args *args);
 kvc_ada_fn kvc_ada_cpu;
 int64_t kvc_ada_workspace(int64_t n, int64_t s);
 kvc_share_fn kvc_select_share;

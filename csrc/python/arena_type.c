@@ -12,16 +12,21 @@ static PyTypeObject *arena_type;
 
 static PyObject *arena_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     kvc_frame frame = {.op = "arena"};
-    const Py_ssize_t given = PyTuple_Size(arguments);
-    int64_t bytes = (int64_t)64 << 30;
-    if ((keywords && PyDict_Size(keywords)) || given > 1) {
-        PyErr_SetString(PyExc_TypeError, "arena: expected at most one positional argument, reserve_bytes");
+    static char *names[] = {"reserve_bytes", "device", NULL};
+    PyObject *reserve_bytes = NULL, *where = NULL;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "|OO", names, &reserve_bytes, &where)) {
+        PyErr_Clear();
+        PyErr_SetString(PyExc_TypeError, "arena: expected reserve_bytes and device at most");
         return NULL;
     }
-    if (given == 1 && frame_int(&frame, PyTuple_GetItem(arguments, 0), "reserve_bytes", 1, INT64_MAX, &bytes))
+    int64_t bytes = 0;
+    int32_t device = -1;
+    if ((reserve_bytes && reserve_bytes != Py_None &&
+         frame_int(&frame, reserve_bytes, "reserve_bytes", 1, INT64_MAX, &bytes)) ||
+        (where && frame_int32(&frame, where, "device", -1, INT32_MAX, &device)))
         return NULL;
     kvc_arena *arena;
-    const kvc_status status = kvc_arena_create(bytes, &arena);
+    const kvc_status status = kvc_arena_create(bytes, device, &arena);
     if (status != KVC_OK) return raise_status(status);
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     ArenaObject *self = (ArenaObject *)allocate(type, 0);
@@ -39,6 +44,14 @@ static void arena_dealloc(PyObject *self) {
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF((PyObject *)type);
+}
+
+static PyObject *finish(kvc_frame *frame, kvc_status status) {
+    if (status != KVC_OK) {
+        raise_status(status);
+        frame->failed = true;
+    }
+    return frame_return(frame);
 }
 
 static PyObject *arena_alloc(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
@@ -70,11 +83,55 @@ static PyObject *arena_free(PyObject *self, PyObject *const *argv, Py_ssize_t ar
         return frame_return(&frame);
     kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
     if (status == KVC_OK) status = kvc_arena_free(((ArenaObject *)self)->arena, page_bytes, units.shape[0], units.data);
-    if (status != KVC_OK) {
-        raise_status(status);
-        frame.failed = true;
+    return finish(&frame, status);
+}
+
+/* ---- copy, read, write: pages, one by one, by way of a buffer of copies */
+
+#define COPIES 256
+typedef struct {
+    const kvc_arena *arena;
+    int64_t count;
+    bool wait;
+    kvc_stream stream;
+    kvc_copy copies[COPIES];
+} copier;
+
+static kvc_status flush(copier *c) {
+    kvc_status status = KVC_OK;
+    if (c->count) {
+        Py_BEGIN_ALLOW_THREADS status = kvc_arena_copy(c->arena, c->count, c->copies, c->wait, c->stream);
+        Py_END_ALLOW_THREADS
     }
-    return frame_return(&frame);
+    c->count = 0;
+    return status;
+}
+
+static kvc_status add_copy(copier *c, char *to, const char *from, int64_t bytes) {
+    if (to == from) return KVC_OK;
+    kvc_copy *last = c->count ? &c->copies[c->count - 1] : NULL;
+    const bool follows = last && (char *)last->to + last->bytes == to && (const char *)last->from + last->bytes == from;
+    const int64_t distance = to > from ? to - from : from - to;
+    if (follows && distance >= last->bytes + bytes) {
+        last->bytes += bytes;
+        return KVC_OK;
+    }
+    if (c->count == COPIES) KVC_TRY(flush(c));
+    c->copies[c->count++] = (kvc_copy){to, from, bytes};
+    return KVC_OK;
+}
+
+static char *page_at(const kvc_arena *arena, uint32_t unit) {
+    return (char *)kvc_arena_base(arena) + (int64_t)unit * KVC_UNIT;
+}
+
+static kvc_status check_live(const kvc_arena *arena, const char *name, int64_t page_bytes, const kvc_tensor *units) {
+    for (int64_t j = 0; j < units->shape[0]; j++) {
+        const uint32_t unit = ((const uint32_t *)units->data)[j];
+        KVC_CHECK(kvc_arena_live(arena, page_bytes, unit), KVC_EINVAL,
+                  "arena: %s: expected live pages of %lld bytes, got unit %u", name, (long long)page_bytes, unit);
+    }
+    return KVC_OK;
 }
 
 static PyObject *arena_copy(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
@@ -90,20 +147,14 @@ static PyObject *arena_copy(PyObject *self, PyObject *const *argv, Py_ssize_t ar
     for (int i = 0; i < 2 && status == KVC_OK; i++) {
         const char *name = i ? "target" : "source";
         status = kvc_expect_array("arena", name, &units[i], KVC_UINT32, 1, units[0].shape);
-        for (int64_t j = 0; status == KVC_OK && j < units[i].shape[0]; j++)
-            if (!kvc_arena_live(arena, page_bytes, ((uint32_t *)units[i].data)[j]))
-                status = kvc_fail(KVC_EINVAL, "arena: %s: expected live pages of %lld bytes, got unit %u", name,
-                                  (long long)page_bytes, ((uint32_t *)units[i].data)[j]);
+        if (status == KVC_OK) status = check_live(arena, name, page_bytes, &units[i]);
     }
-    char *base = kvc_arena_base(arena);
+    copier c = {.arena = arena, .wait = true};
     for (int64_t j = 0; status == KVC_OK && j < units[0].shape[0]; j++)
-        memmove(base + (int64_t)((uint32_t *)units[1].data)[j] * KVC_UNIT,
-                base + (int64_t)((uint32_t *)units[0].data)[j] * KVC_UNIT, (size_t)page_bytes);
-    if (status != KVC_OK) {
-        raise_status(status);
-        frame.failed = true;
-    }
-    return frame_return(&frame);
+        status = add_copy(&c, page_at(arena, ((const uint32_t *)units[1].data)[j]),
+                          page_at(arena, ((const uint32_t *)units[0].data)[j]), page_bytes);
+    if (status == KVC_OK) status = flush(&c);
+    return finish(&frame, status);
 }
 
 static PyObject *arena_compact(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
@@ -116,11 +167,17 @@ static PyObject *arena_compact(PyObject *self, PyObject *const *argv, Py_ssize_t
     kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
     if (status == KVC_OK)
         status = kvc_arena_compact(((ArenaObject *)self)->arena, page_bytes, units.shape[0], units.data);
-    if (status != KVC_OK) {
-        raise_status(status);
-        frame.failed = true;
-    }
-    return frame_return(&frame);
+    return finish(&frame, status);
+}
+
+/* Where the rows of read and write lie: on the CPU, or on the arena's device. */
+static kvc_status check_device(const kvc_arena *arena, const kvc_tensor *bytes) {
+    const int device = kvc_arena_device(arena);
+    KVC_CHECK(bytes->device == KVC_CPU || device >= 0, KVC_EDEVICE, "arena: bytes: expected a CPU tensor, got cuda:%d",
+              bytes->device_id);
+    KVC_CHECK(bytes->device == KVC_CPU || bytes->device_id == device, KVC_EDEVICE,
+              "arena: bytes: expected a tensor on the CPU or cuda:%d, got cuda:%d", device, bytes->device_id);
+    return KVC_OK;
 }
 
 /* read and write: whole live pages out of and into (n, page_bytes) uint8, one after the other. */
@@ -131,26 +188,21 @@ static PyObject *arena_move(PyObject *self, PyObject *const *argv, Py_ssize_t ar
     kvc_tensor units, bytes;
     if (frame_count(&frame, argc, 3) || frame_int(&frame, argv[0], "page_bytes", 1, INT32_MAX, &page_bytes) ||
         frame_tensor(&frame, argv[1], "units", FRAME_IN, &units) ||
-        frame_tensor(&frame, argv[2], "bytes", into ? FRAME_IN : FRAME_OUT, &bytes) || frame_check(&frame))
+        frame_tensor(&frame, argv[2], "bytes", (into ? FRAME_IN : FRAME_OUT) | FRAME_CUDA | FRAME_ANYWHERE, &bytes) ||
+        frame_check(&frame))
         return frame_return(&frame);
     kvc_status status = kvc_expect_array("arena", "units", &units, KVC_UINT32, 1, (int64_t[]){-1});
     if (status == KVC_OK)
         status = kvc_expect_array("arena", "bytes", &bytes, KVC_UINT8, 2, (int64_t[]){units.shape[0], page_bytes});
-    const uint32_t *unit = units.data;
-    for (int64_t j = 0; status == KVC_OK && j < units.shape[0]; j++)
-        if (!kvc_arena_live(arena, page_bytes, unit[j]))
-            status = kvc_fail(KVC_EINVAL, "arena: units: expected live pages of %lld bytes, got unit %u",
-                              (long long)page_bytes, unit[j]);
+    if (status == KVC_OK) status = check_device(arena, &bytes);
+    if (status == KVC_OK) status = check_live(arena, "units", page_bytes, &units);
+    copier c = {.arena = arena, .wait = bytes.device == KVC_CPU, .stream = frame.stream};
     for (int64_t j = 0; status == KVC_OK && j < units.shape[0]; j++) {
-        char *page = (char *)kvc_arena_base(arena) + (int64_t)unit[j] * KVC_UNIT;
-        char *row = (char *)bytes.data + j * page_bytes;
-        memmove(into ? page : row, into ? row : page, (size_t)page_bytes);
+        char *page = page_at(arena, ((const uint32_t *)units.data)[j]), *row = (char *)bytes.data + j * page_bytes;
+        status = add_copy(&c, into ? page : row, into ? row : page, page_bytes);
     }
-    if (status != KVC_OK) {
-        raise_status(status);
-        frame.failed = true;
-    }
-    return frame_return(&frame);
+    if (status == KVC_OK) status = flush(&c);
+    return finish(&frame, status);
 }
 
 static PyObject *arena_read(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
@@ -159,6 +211,11 @@ static PyObject *arena_read(PyObject *self, PyObject *const *argv, Py_ssize_t ar
 
 static PyObject *arena_write(PyObject *self, PyObject *const *argv, Py_ssize_t argc) {
     return arena_move(self, argv, argc, true);
+}
+
+static PyObject *arena_device(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLong(kvc_arena_device(((ArenaObject *)self)->arena));
 }
 
 static PyObject *arena_nbytes(PyObject *self, void *closure) {
@@ -174,10 +231,12 @@ static PyObject *arena_used(PyObject *self, void *closure) {
 int arena_tensor(PyObject *object, kvc_tensor *out) {
     if (!PyObject_TypeCheck(object, arena_type)) return 1;
     const kvc_arena *arena = ((ArenaObject *)object)->arena;
+    const int device = kvc_arena_device(arena);
     *out = (kvc_tensor){.data = kvc_arena_base(arena),
                         .dtype = KVC_UINT8,
                         .ndim = 1,
-                        .device = KVC_CPU,
+                        .device = device < 0 ? KVC_CPU : KVC_CUDA,
+                        .device_id = device < 0 ? 0 : device,
                         .shape = {kvc_arena_reserved(arena)},
                         .strides = {1}};
     return 0;
@@ -202,19 +261,21 @@ static PyMethodDef methods[] = {
      "they leave; units (n,) uint32 of all of them: in, where they are, out, where they went."},
     {0}};
 
-static PyGetSetDef properties[] = {{"nbytes", arena_nbytes, NULL, "Bytes of all slabs: what is allocated.", NULL},
+static PyGetSetDef properties[] = {{"device", arena_device, NULL, "The CUDA device's number; -1: the CPU.", NULL},
+                                   {"nbytes", arena_nbytes, NULL, "Bytes of memory that are taken.", NULL},
                                    {"used", arena_used, NULL, "Bytes of live pages.", NULL},
                                    {0}};
 
 int arena_init(PyObject *module) {
-    PyType_Slot slots[] = {{Py_tp_new, arena_new},
-                           {Py_tp_dealloc, arena_dealloc},
-                           {Py_tp_methods, methods},
-                           {Py_tp_getset, properties},
-                           {Py_tp_doc,
-                            "Arena(reserve_bytes=68719476736, /)\n--\n\nPage memory on the CPU: address space reserved "
-                            "once, slabs committed as pages are asked for and given back when empty."},
-                           {0, NULL}};
+    PyType_Slot slots[] = {
+        {Py_tp_new, arena_new},
+        {Py_tp_dealloc, arena_dealloc},
+        {Py_tp_methods, methods},
+        {Py_tp_getset, properties},
+        {Py_tp_doc, "Arena(reserve_bytes=None, device=-1)\n--\n\nPage memory on the CPU or, device >= 0, on that "
+                    "CUDA device: address space reserved once (64 GiB, or twice the device's memory), slabs "
+                    "committed as pages are asked for and given back when empty."},
+        {0, NULL}};
     PyType_Spec spec = {"kvcomp._C.Arena", sizeof(ArenaObject), 0, Py_TPFLAGS_DEFAULT, slots};
     arena_type = (PyTypeObject *)PyType_FromSpec(&spec);
     return arena_type ? PyModule_AddObjectRef(module, "Arena", (PyObject *)arena_type) : -1;

@@ -97,11 +97,14 @@ static struct {
     const dl_exchange *table;
 } cache[CACHED_TYPES];
 
-static const dl_exchange *exchange_table(PyObject *object) {
-    PyTypeObject *type = Py_TYPE(object);
-    int slot = 0;
-    while (slot < CACHED_TYPES && cache[slot].type && cache[slot].type != type) slot++;
-    if (slot < CACHED_TYPES && cache[slot].type) return cache[slot].table;
+static const dl_exchange *known_table(const PyTypeObject *type) {
+    for (int slot = 0; slot < CACHED_TYPES && cache[slot].type; slot++)
+        if (cache[slot].type == type) return cache[slot].table;
+    return NULL;
+}
+
+/* Of a type that is not known yet. */
+static const dl_exchange *exchange_table(PyTypeObject *type) {
     const dl_exchange *table = NULL;
     PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
     if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
@@ -111,6 +114,8 @@ static const dl_exchange *exchange_table(PyObject *object) {
     }
     Py_XDECREF(capsule);
     PyErr_Clear();
+    int slot = 0;
+    while (slot < CACHED_TYPES && cache[slot].type) slot++;
     if (slot < CACHED_TYPES && table) {
         Py_INCREF((PyObject *)type);
         cache[slot].type = type;
@@ -188,17 +193,19 @@ int frame_tensor(kvc_frame *frame, PyObject *object, const char *name, int mode,
     }
     kvc_held *held = &frame->held[frame->count];
     *held = (kvc_held){0};
-    int found = arena_tensor(object, out);
-    if (found == 1) found = numpy_tensor(frame, object, name, out);
+    const dl_exchange *table = known_table(Py_TYPE(object));
+    int found = table ? 1 : arena_tensor(object, out);
+    if (found == 1 && !table) found = numpy_tensor(frame, object, name, out);
     if (found < 0) return fail(frame);
     if (found == 1) {
-        const dl_exchange *table = exchange_table(object);
+        if (!table) table = exchange_table(Py_TYPE(object));
         dl_tensor view;
         if (table && table->tensor_from_object(object, &view) == 0) {
             if (fill(frame, name, &view, false, out)) return -1;
-            if (out->device == KVC_CUDA && !frame->stream && table->current_stream &&
-                table->current_stream(out->device, out->device_id, &frame->stream) != 0)
-                return fail(frame);
+            if (out->device == KVC_CUDA && !frame->streamed && table->current_stream) {
+                if (table->current_stream(out->device, out->device_id, &frame->stream) != 0) return fail(frame);
+                frame->streamed = true;
+            }
         } else {
             PyErr_Clear(); /* the capsule's error says why */
             const int result = from_capsule(frame, object, name, out, held);
@@ -291,9 +298,15 @@ int frame_count(kvc_frame *frame, Py_ssize_t got, Py_ssize_t want) {
 
 /* ---- one device, no overlap */
 
-static void byte_range(const kvc_tensor *tensor, const char **low, const char **high) {
+/* Addresses of a tensor's memory; both NULL where it has no elements. */
+typedef struct {
+    const char *low, *high;
+} byte_range;
+
+static byte_range range_of(const kvc_tensor *tensor) {
     int64_t first = 0, last = 0;
     for (int axis = 0; axis < tensor->ndim; axis++) {
+        if (tensor->shape[axis] == 0) return (byte_range){NULL, NULL};
         const int64_t reach = (tensor->shape[axis] - 1) * tensor->strides[axis];
         if (reach < 0)
             first += reach;
@@ -301,43 +314,53 @@ static void byte_range(const kvc_tensor *tensor, const char **low, const char **
             last += reach;
     }
     const int64_t size = kvc_dtype_size(tensor->dtype);
-    *low = (const char *)tensor->data + first * size;
-    *high = (const char *)tensor->data + (last + 1) * size;
+    return (byte_range){(const char *)tensor->data + first * size, (const char *)tensor->data + (last + 1) * size};
 }
 
 int frame_check(kvc_frame *frame) {
+    byte_range ranges[FRAME_MAX];
     for (int i = 0; i < frame->count; i++) {
-        const kvc_tensor *tensor = frame->tensors[i];
+        const kvc_tensor *tensor = frame->tensors[i], *first = frame->tensors[0];
+        ranges[i] = range_of(tensor);
         if (tensor->device == KVC_CUDA && !(frame->modes[i] & FRAME_CUDA)) {
             PyErr_Format(PyExc_ValueError, "%s: %s: expected a CPU tensor, got one on cuda:%d", frame->op,
                          frame->names[i], tensor->device_id);
             return fail(frame);
         }
-        if (tensor->device != frame->tensors[0]->device || tensor->device_id != frame->tensors[0]->device_id) {
+        if (!(frame->modes[i] & FRAME_ANYWHERE) &&
+            (tensor->device != first->device || tensor->device_id != first->device_id)) {
             PyErr_Format(PyExc_ValueError, "%s: %s: expected the device of %s (%s:%d), got %s:%d", frame->op,
-                         frame->names[i], frame->names[0], frame->tensors[0]->device == KVC_CUDA ? "cuda" : "cpu",
-                         frame->tensors[0]->device_id, tensor->device == KVC_CUDA ? "cuda" : "cpu", tensor->device_id);
+                         frame->names[i], frame->names[0], first->device == KVC_CUDA ? "cuda" : "cpu", first->device_id,
+                         tensor->device == KVC_CUDA ? "cuda" : "cpu", tensor->device_id);
             return fail(frame);
         }
-        if (!(frame->modes[i] & FRAME_OUT) || kvc_elements(tensor) == 0) continue;
+    }
+    for (int i = 0; i < frame->count; i++) {
+        const kvc_tensor *tensor = frame->tensors[i];
+        if (!(frame->modes[i] & FRAME_OUT) || !ranges[i].high) continue;
         for (int axis = 0; axis < tensor->ndim; axis++)
             if (tensor->shape[axis] > 1 && tensor->strides[axis] == 0)
                 return fail_text(frame, PyExc_ValueError, frame->names[i], "an output whose elements are distinct",
                                  "a broadcast one (a stride of 0)");
-        const char *low, *high;
-        byte_range(tensor, &low, &high);
         for (int j = 0; j < frame->count; j++) {
-            if (j == i || kvc_elements(frame->tensors[j]) == 0) continue;
-            const char *other_low, *other_high;
-            byte_range(frame->tensors[j], &other_low, &other_high);
-            if (low < other_high && other_low < high) {
-                PyErr_Format(PyExc_ValueError, "%s: %s: expected memory of its own, got an overlap with %s", frame->op,
-                             frame->names[i], frame->names[j]);
-                return fail(frame);
-            }
+            if (j == i || ranges[i].low >= ranges[j].high || ranges[j].low >= ranges[i].high) continue;
+            PyErr_Format(PyExc_ValueError, "%s: %s: expected memory of its own, got an overlap with %s", frame->op,
+                         frame->names[i], frame->names[j]);
+            return fail(frame);
         }
     }
     return 0;
+}
+
+const kvc_backend *frame_backend(kvc_frame *frame) {
+    const char *why = NULL;
+    const kvc_backend *backend = kvc_cuda(&why);
+    if (!backend) {
+        kvc_fail(KVC_ENODEV, "%s: expected CUDA to be usable: %s", frame->op, why);
+        raise_status(KVC_ENODEV);
+        frame->failed = true;
+    }
+    return backend;
 }
 
 kvc_device frame_device(const kvc_frame *frame) { return frame->count ? frame->tensors[0]->device : KVC_CPU; }

@@ -4,8 +4,8 @@
  *     kvc_frame frame = {.op = "score"};
  *     kvc_score_args args = {0};
  *     if (frame_tensor(&frame, argv[0], "importance", FRAME_OUT, &args.importance) || ...) goto done;
- *     if (frame_check(&frame)) goto done;                 // one device (CPU), outputs overlap nothing
- *     FRAME_RUN(&frame, kvc_score_cpu(&args, NULL));      // without the GIL; status to exception
+ *     if (frame_check(&frame)) goto done;                 // one device, outputs overlap nothing
+ *     FRAME_DISPATCH(&frame, score);                      // without the GIL; status to exception
  *   done:
  *     return frame_return(&frame);                        // NULL with an exception set, or None
  */
@@ -15,6 +15,7 @@
 #include <stdbool.h>
 
 #include "core/core.h"
+#include "kvcomp/backend.h"
 
 #define FRAME_MAX 16
 enum {
@@ -22,7 +23,8 @@ enum {
     FRAME_OUT = 1,
     FRAME_OPTIONAL = 2,
     FRAME_INOUT = 5,
-    FRAME_CUDA = 8 /* CUDA tensors are welcome */
+    FRAME_CUDA = 8,     /* CUDA tensors are welcome */
+    FRAME_ANYWHERE = 16 /* and may lie elsewhere than the others */
 };
 
 typedef struct {
@@ -38,7 +40,8 @@ typedef struct {
     kvc_tensor *tensors[FRAME_MAX];
     const char *names[FRAME_MAX];
     int modes[FRAME_MAX];
-    void *stream; /* of the CUDA tensors' library; NULL on the CPU */
+    void *stream;  /* the current one of the CUDA tensors' library; NULL on the CPU */
+    bool streamed; /* it has been looked up */
     bool failed;
 } kvc_frame;
 
@@ -63,6 +66,30 @@ PyObject *frame_return(kvc_frame *frame);
             (frame)->failed = true;                   \
         }                                             \
     } while (0)
+
+/* As FRAME_RUN for an operation of both devices, whose arguments are `args`: kvc_<operation>_cpu, or the CUDA library's
+ * on the tensors' stream. A CUDA sentence is the library's own. */
+#define FRAME_DISPATCH(frame, operation)                                                            \
+    do {                                                                                            \
+        if (frame_device(frame) == KVC_CPU) {                                                       \
+            FRAME_RUN(frame, kvc_##operation##_cpu(&args, NULL));                                   \
+            break;                                                                                  \
+        }                                                                                           \
+        const kvc_backend *backend_ = frame_backend(frame);                                         \
+        if (backend_) FRAME_RUN_CUDA(frame, backend_, backend_->operation(&args, (frame)->stream)); \
+    } while (0)
+#define FRAME_RUN_CUDA(frame, backend, call)          \
+    do {                                              \
+        kvc_status status_;                           \
+        Py_BEGIN_ALLOW_THREADS status_ = (call);      \
+        Py_END_ALLOW_THREADS if (status_ != KVC_OK) { \
+            raise_text(status_, (backend)->error());  \
+            (frame)->failed = true;                   \
+        }                                             \
+    } while (0)
+
+/* The CUDA library's table, or NULL with an exception that says why there is none. */
+const kvc_backend *frame_backend(kvc_frame *frame);
 
 /* raise.c: the only map from kvc_status to exceptions; takes kvc_last_error(). Returns NULL. */
 PyObject *raise_status(kvc_status status);

@@ -1,8 +1,6 @@
 /* ops_policy.c: score, norms, accumulate, select, ada, share, pyramid, plan, shrink. */
 #include "binding.h"
 #include "kvcomp/plan.h"
-#include "kvcomp/score.h"
-#include "kvcomp/select.h"
 #include "kvcomp/shrink.h"
 
 #include <float.h>
@@ -13,18 +11,19 @@ FUNCTION(score) {
     (void)module;
     kvc_frame frame = {.op = "score"};
     kvc_score_args args = {0};
-    if (frame_count(&frame, argc, 10) || frame_tensor(&frame, argv[0], "importance", FRAME_OUT, &args.importance) ||
-        frame_tensor(&frame, argv[1], "queries", FRAME_IN, &args.queries) ||
-        frame_tensor(&frame, argv[2], "keys", FRAME_IN, &args.keys) ||
-        frame_tensor(&frame, argv[3], "first", FRAME_OPTIONAL, &args.first) ||
-        frame_tensor(&frame, argv[4], "workspace", FRAME_OUT, &args.workspace) ||
+    if (frame_count(&frame, argc, 10) ||
+        frame_tensor(&frame, argv[0], "importance", FRAME_OUT | FRAME_CUDA, &args.importance) ||
+        frame_tensor(&frame, argv[1], "queries", FRAME_CUDA, &args.queries) ||
+        frame_tensor(&frame, argv[2], "keys", FRAME_CUDA, &args.keys) ||
+        frame_tensor(&frame, argv[3], "first", FRAME_OPTIONAL | FRAME_CUDA, &args.first) ||
+        frame_tensor(&frame, argv[4], "workspace", FRAME_OUT | FRAME_CUDA, &args.workspace) ||
         frame_float(&frame, argv[5], "scale", -FLT_MAX, FLT_MAX, &args.scale) ||
         frame_float(&frame, argv[6], "softcap", 0.0, FLT_MAX, &args.softcap) ||
         frame_int32(&frame, argv[7], "reduce", KVC_REDUCE_SUM, KVC_REDUCE_SEEN, &args.reduce) ||
         frame_int32(&frame, argv[8], "pool_kind", KVC_POOL_AVG, KVC_POOL_MAX, &args.pool_kind) ||
         frame_int32(&frame, argv[9], "pool", 1, INT32_MAX, &args.pool) || frame_check(&frame))
         return frame_return(&frame);
-    FRAME_RUN(&frame, kvc_score_cpu(&args, NULL));
+    FRAME_DISPATCH(&frame, score);
     return frame_return(&frame);
 }
 
@@ -49,12 +48,12 @@ FUNCTION(norms) {
     (void)module;
     kvc_frame frame = {.op = "norms"};
     kvc_norms_args args = {0};
-    if (frame_count(&frame, argc, 4) || frame_tensor(&frame, argv[0], "out", FRAME_OUT, &args.out) ||
-        frame_tensor(&frame, argv[1], "rows", FRAME_IN, &args.rows) ||
-        frame_tensor(&frame, argv[2], "first", FRAME_OPTIONAL, &args.first) ||
+    if (frame_count(&frame, argc, 4) || frame_tensor(&frame, argv[0], "out", FRAME_OUT | FRAME_CUDA, &args.out) ||
+        frame_tensor(&frame, argv[1], "rows", FRAME_CUDA, &args.rows) ||
+        frame_tensor(&frame, argv[2], "first", FRAME_OPTIONAL | FRAME_CUDA, &args.first) ||
         frame_int32(&frame, argv[3], "centered", 0, 1, &args.centered) || frame_check(&frame))
         return frame_return(&frame);
-    FRAME_RUN(&frame, kvc_norms_cpu(&args, NULL));
+    FRAME_DISPATCH(&frame, norms);
     return frame_return(&frame);
 }
 
@@ -62,14 +61,14 @@ FUNCTION(accumulate) {
     (void)module;
     kvc_frame frame = {.op = "accumulate"};
     kvc_accumulate_args args = {0};
-    if (frame_count(&frame, argc, 6) || frame_tensor(&frame, argv[0], "worth", FRAME_INOUT, &args.worth) ||
-        frame_tensor(&frame, argv[1], "mass", FRAME_IN, &args.mass) ||
-        frame_tensor(&frame, argv[2], "table", FRAME_IN, &args.table) ||
-        frame_tensor(&frame, argv[3], "lists", FRAME_IN, &args.lists) ||
+    if (frame_count(&frame, argc, 6) || frame_tensor(&frame, argv[0], "worth", FRAME_INOUT | FRAME_CUDA, &args.worth) ||
+        frame_tensor(&frame, argv[1], "mass", FRAME_CUDA, &args.mass) ||
+        frame_tensor(&frame, argv[2], "table", FRAME_CUDA, &args.table) ||
+        frame_tensor(&frame, argv[3], "lists", FRAME_CUDA, &args.lists) ||
         frame_float(&frame, argv[4], "keep", 0.0, 1.0, &args.keep) ||
         frame_float(&frame, argv[5], "gain", 0.0, FLT_MAX, &args.gain) || frame_check(&frame))
         return frame_return(&frame);
-    FRAME_RUN(&frame, kvc_accumulate_cpu(&args, NULL));
+    FRAME_DISPATCH(&frame, accumulate);
     return frame_return(&frame);
 }
 
@@ -78,15 +77,15 @@ FUNCTION(select_tokens) {
     (void)module;
     kvc_frame frame = {.op = "select"};
     kvc_select_args args = {0};
-    if (frame_count(&frame, argc, 7) || frame_tensor(&frame, argv[0], "kept", FRAME_OUT, &args.kept) ||
-        frame_tensor(&frame, argv[1], "importance", FRAME_OPTIONAL, &args.importance) ||
-        frame_tensor(&frame, argv[2], "keep", FRAME_IN, &args.keep) ||
-        frame_tensor(&frame, argv[3], "first", FRAME_OPTIONAL, &args.first) ||
-        frame_tensor(&frame, argv[4], "workspace", FRAME_OUT, &args.workspace) ||
+    if (frame_count(&frame, argc, 7) || frame_tensor(&frame, argv[0], "kept", FRAME_OUT | FRAME_CUDA, &args.kept) ||
+        frame_tensor(&frame, argv[1], "importance", FRAME_OPTIONAL | FRAME_CUDA, &args.importance) ||
+        frame_tensor(&frame, argv[2], "keep", FRAME_CUDA, &args.keep) ||
+        frame_tensor(&frame, argv[3], "first", FRAME_OPTIONAL | FRAME_CUDA, &args.first) ||
+        frame_tensor(&frame, argv[4], "workspace", FRAME_OUT | FRAME_CUDA, &args.workspace) ||
         frame_int32(&frame, argv[5], "sinks", 0, INT32_MAX, &args.sinks) ||
         frame_int32(&frame, argv[6], "window", 0, INT32_MAX, &args.window) || frame_check(&frame))
         return frame_return(&frame);
-    FRAME_RUN(&frame, kvc_select_cpu(&args, NULL));
+    FRAME_DISPATCH(&frame, select);
     return frame_return(&frame);
 }
 

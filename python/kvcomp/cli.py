@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -310,29 +311,176 @@ def _add_bench(commands: Any) -> None:
     attend = operations.add_parser("attend", help="decode attention over packed pages against torch's bf16 attention")
     attend.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     attend.add_argument("--output", type=Path, help="write the results here, as JSON")
-    attend.add_argument("--tokens", type=int, default=16384, help="tokens in the cache (default: 16384)")
-    attend.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], default=[2, 3, 4, 8, 16])
-    attend.add_argument("--samples", type=int, default=30, help="of every cell (default: 30)")
+    attend.add_argument("--tokens", type=int, help="tokens in the cache (cpu; default: 16384)")
+    attend.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], help="default: all that it measures")
+    attend.add_argument("--sections", nargs="+", metavar="SECTION", help="parts to measure (cuda; default: all)")
+    attend.add_argument("--samples", type=int, help="of every cell (default: 30; cuda: its own)")
     attend.add_argument("--seed", type=int, default=0)
     attend.set_defaults(run=_bench_attend)
+    for name, doing in _CUDA_BENCHES.items():
+        one = operations.add_parser(name, help=doing)
+        one.add_argument("--device", choices=["cuda"], default="cuda")
+        one.add_argument("--output", type=Path, help="write the results here, as JSON")
+        one.add_argument("--samples", type=int, help="of every cell (default: its own)")
+        one.add_argument("--seed", type=int, default=0)
+        one.set_defaults(run=_bench_cuda, operation=name)
+    _add_bench_decode(operations)
+
+
+# Operation: what its bench measures. On a GPU only, in kvcomp.bench.X_cuda or kvcomp.bench.X.
+_CUDA_BENCHES = {
+    "append": "a new token into the 16-bit tails, and aged ones into packed pages",
+    "pack": "rows into packed pages, against the rate of copying",
+    "score": "importance of a prompt's tokens from its last queries",
+}
 
 
 def _bench_attend(options: argparse.Namespace, command: str) -> int:
     if options.device == "cuda":
-        raise NotImplementedError("bench: --device: expected cpu, as attend has no CUDA kernel yet, got cuda")
+        options.operation = "attend"
+        return _bench_cuda(options, command)
+    if options.sections is not None:
+        raise ValueError(f"bench: --sections: expected none with --device cpu, got {options.sections}")
     from . import results
     from .bench import attend
     from .experiment import report
 
     if options.output is not None:
         results.check_writable(options.output, "bench: --output")
+    tokens = 16384 if options.tokens is None else options.tokens
     found = attend.bench(
-        command=command, tokens=options.tokens, bits=options.bits, samples=options.samples, seed=options.seed
+        command=command,
+        tokens=tokens,
+        bits=options.bits or [2, 3, 4, 8, 16],
+        samples=30 if options.samples is None else options.samples,
+        seed=options.seed,
     )
     if options.output is not None:
         results.write(options.output, found)
-    title = f"attention of one decode step, {options.tokens} tokens, {found['threads']} threads"
+    title = f"attention of one decode step, {tokens} tokens, {found['threads']} threads"
     report.print_rows(*report.attend_rows(found), _console(), title)
+    return _judge(found)
+
+
+def _bench_cuda(options: argparse.Namespace, command: str) -> int:
+    """A bench of one operation on a GPU: ``bench(command=..., ...)`` of its module, with what it takes of these."""
+    import importlib
+    import importlib.util
+    import inspect
+
+    from . import _C, results
+
+    name = options.operation
+    if options.output is not None:
+        results.check_writable(options.output, "bench: --output")
+    info = _C.cuda_info()
+    if not info["available"]:
+        raise NotImplementedError(f"bench: --device: expected a CUDA device, got none: {info['why']}")
+    own = f"{__package__}.bench.{name}_cuda"
+    module = importlib.import_module(own if importlib.util.find_spec(own) else f"{__package__}.bench.{name}")
+    takes = inspect.signature(module.bench).parameters
+    given: dict[str, Any] = {"seed": options.seed}
+    if "command" in takes:
+        given["command"] = command
+    for flag in ("samples", "bits", "sections", "tokens"):
+        value = getattr(options, flag, None)
+        if value is not None and flag not in takes:
+            raise ValueError(f"bench: --{flag}: expected none for {name} on cuda, got {value}")
+        if value is not None:
+            given[flag] = value
+    if "tell" in takes:
+        given["tell"] = _say
+    if "save" in takes and options.output is not None:
+        given["save"] = functools.partial(results.write, options.output)
+    measured = module.bench(**given)
+    found: dict[str, Any] = measured if "command" in takes else results.new(name, command=command) | {"cells": measured}
+    if options.output is not None:
+        results.write(options.output, found)
+    _print_cells(found, name)
+    return _judge(found)
+
+
+def _print_cells(found: dict[str, Any], title: str) -> None:
+    """Every cell's case, median time and rate."""
+    from .experiment import report
+
+    rows = [
+        (
+            entry["impl"],
+            ", ".join(f"{name} {value}" for name, value in entry["case"].items()),
+            f"{entry['median_us']:.2f}" if "median_us" in entry else "",
+            f"{entry['gb_per_s']:.0f}" if "gb_per_s" in entry else "",
+        )
+        for entry in found["cells"]
+    ]
+    report.print_rows(("", "case", "us", "GB/s"), rows, _console(), title)
+
+
+def _say(line: str) -> None:
+    """Progress of something slow: a line as it happens."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _add_bench_decode(operations: Any) -> None:
+    decode = operations.add_parser(
+        "decode",
+        help="generate from the packed cache against transformers' own caches",
+        description="A model of known shape with random bf16 weights reads random prompts and answers greedily. Parts "
+        "that the output file has already are not measured again.",
+    )
+    decode.add_argument("--model-shape", default="llama-3.1-8b", help="llama-3.1-8b (default) or tiny")
+    decode.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], help="default: 1 8 32")
+    decode.add_argument("--context", type=int, default=32768, help="tokens of each prompt (default: 32768)")
+    decode.add_argument("--new", type=int, default=256, help="tokens of each answer (default: 256)")
+    decode.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], default=[4], help="default: 4")
+    decode.add_argument(
+        "--rivals", nargs="+", default=["dynamic", "static", "quantized"], metavar="RIVAL",
+        help="dynamic, static, quantized (default: all), or none",
+    )  # fmt: skip
+    decode.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    decode.add_argument("--compile", choices=["auto", "yes", "no", "tuned"], default="auto",
+                        help="decoder layers of decode steps (tuned: inductor searches, too)")  # fmt: skip
+    decode.add_argument("--no-graphs", action="store_true", help="decode steps are not recorded as CUDA graphs")
+    decode.add_argument("--first-samples", type=int, default=2, help="prompts read for the first token's time")
+    decode.add_argument("--seed", type=int, default=0)
+    decode.add_argument("--output", type=Path, help="write the results here, as JSON, after every part")
+    decode.set_defaults(run=_bench_decode)
+
+
+def _bench_decode(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .bench import decode
+    from .experiment import report
+
+    output: Path | None = options.output
+    before = None
+    if output is not None:
+        results.check_writable(output, "bench: --output")
+        if output.exists():
+            before = results.read(output, kind="decode")
+    compiles = {"auto": "auto", "yes": True, "no": False, "tuned": {"coordinate_descent_tuning": True}}
+    found = decode.bench(
+        decode.Settings(
+            shape=options.model_shape,
+            batches=options.batch,
+            context=options.context,
+            new=options.new,
+            bits=options.bits,
+            rivals=[] if options.rivals == ["none"] else options.rivals,
+            device=options.device,
+            compile=compiles[options.compile],
+            graphs=not options.no_graphs,
+            first_samples=options.first_samples,
+            seed=options.seed,
+        ),
+        command=command,
+        before=before,
+        save=(lambda found: None) if output is None else functools.partial(results.write, output),
+        tell=_say,
+    )
+    report.print_rows(*decode.rows(found), _console(), "decode")
+    for part, reason in found["not_measured"].items():
+        _say(f"{part}: not measured: {reason}")
     return _judge(found)
 
 

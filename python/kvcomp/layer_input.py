@@ -41,8 +41,46 @@ class LayerInput:
 
 
 def to_float32(tensor: Any) -> Array:
-    """float32 values of a NumPy or torch tensor."""
-    return np.asarray(tensor, np.float32) if isinstance(tensor, np.ndarray) else np.asarray(tensor.detach().float())
+    """float32 values of a NumPy or torch tensor, on the host."""
+    if isinstance(tensor, np.ndarray):
+        return np.asarray(tensor, np.float32)
+    return np.asarray(tensor.detach().float().cpu())
+
+
+def cuda_of(tensor: Any) -> Any:
+    """The torch.device of a tensor on a GPU; None: on the host."""
+    device = getattr(tensor, "device", None)
+    return device if getattr(device, "type", "cpu") == "cuda" else None
+
+
+_SIGNED = {"uint64": np.int64, "uint32": np.int32}
+
+
+def staged(array: Array, device: Any) -> Any:
+    """The array as a torch tensor on the host from which ``device`` copies without anybody waiting; unsigned words as
+    signed ones, which torch can copy everywhere."""
+    import torch
+
+    host = torch.from_numpy(np.ascontiguousarray(array).view(_SIGNED.get(array.dtype.name, array.dtype)))
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def upload(array: Array, device: Any) -> Any:
+    """A copy of the array on ``device``, in its stream's order (``staged``)."""
+    import torch
+
+    copy = staged(array, device).to(device, non_blocking=True, copy=True)
+    return copy.view(getattr(torch, array.dtype.name))
+
+
+def real_counts(op: str, name: str, given: Any, batch: int, q: int) -> Array | None:
+    """(batch,) int32 of the real ones among q new tokens; None: all are."""
+    if given is None:
+        return None
+    counts = np.asarray(given)
+    if counts.dtype.kind not in "iu" or counts.shape != (batch,) or (counts < 0).any() or (counts > q).any():
+        raise ValueError(f"{op}: {name}: expected {batch} integers in 0..{q}, got {counts.tolist()}")
+    return np.ascontiguousarray(counts, np.int32)
 
 
 def first_tokens(layer: LayerInput) -> Array:

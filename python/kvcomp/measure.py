@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import _C
-from .layer_input import Array, LayerInput, first_tokens, to_float32
+from .layer_input import Array, LayerInput, cuda_of, first_tokens, to_float32, upload
 from .policy import BITS, Policy
 from .selectors import AUTOMATIC, H2O, Full, KeyNorm, Random, Streaming
 from .store import PAGE, Coding, workspace
@@ -50,9 +51,66 @@ def at_random(layer: LayerInput, seed: int, index: int) -> Array:
 
 def norms(layer: LayerInput, rows: Any, *, centered: bool = False) -> Array:
     """(b, h, s) L2 norms of a layer's rows (b, h, s, d), or of what they differ from their list's mean; 0: padding."""
-    out = np.empty(layer.shape[:3], np.float32)
-    _C.norms(out, rows, first_tokens(layer), int(centered))
-    return out
+    out, first = _output(layer), _first(layer)
+    _C.norms(out, rows, first, int(centered))
+    return _fetched(out, "norms: rows")
+
+
+def _output(layer: LayerInput) -> Any:
+    """(b, h, s) float32, uninitialized, where the layer's keys are."""
+    device = cuda_of(layer.keys)
+    if device is None:
+        return np.empty(layer.shape[:3], np.float32)
+    import torch
+
+    return torch.empty(layer.shape[:3], dtype=torch.float32, device=device)
+
+
+def _scratch(nbytes: int, device: Any) -> Any:
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _first(layer: LayerInput) -> Any:
+    """The layer's first real tokens, where its keys are."""
+    device, first = cuda_of(layer.keys), first_tokens(layer)
+    return first if device is None else upload(first, device)
+
+
+def _fetched(found: Any, what: str) -> Array:
+    """What was found, on the host. A GPU's operations look for no NaN or Inf in what they read: they give them on."""
+    if isinstance(found, np.ndarray):
+        return found
+    on_host: Array = found.cpu().numpy()
+    if not np.isfinite(on_host).all():
+        sequence = int(np.flatnonzero(~np.isfinite(on_host).all((1, 2)))[0])
+        raise ValueError(f"{what}: expected finite values, got NaN or infinity in sequence {sequence}")
+    return on_host
+
+
+def sums_on_gpu(layer: LayerInput, first: Array) -> list[tuple[str, Any]]:
+    """Names and sums, tensors that nobody waits for, of the real rows of a layer's keys and values: finite if they are.
+    In double, in which no sum overflows."""
+    import torch
+
+    found = []
+    for name, rows in (("keys", layer.keys), ("values", layer.values)):
+        real = [part[:, int(f) :] for part, f in zip(rows, first, strict=True)] if first.any() else [rows]
+        found += [(name, part.sum(dtype=torch.float64)) for part in real]
+    return found
+
+
+def check_sums(sums: Sequence[tuple[str, Any]]) -> None:
+    """ValueError that names the first sum that is not finite; waits for all of them."""
+    if not sums:
+        return
+    import torch
+
+    finite = np.isfinite(torch.stack([part for _, part in sums]).cpu().numpy())
+    if not finite.all():
+        name, where = sums[int(np.argmin(finite))][0].split(": ")
+        raise ValueError(f"pack: {name}: expected finite values, got NaN or Inf in {where}")
 
 
 def _attention(layer: LayerInput, select: Full | H2O) -> Array:
@@ -71,13 +129,14 @@ def _attention(layer: LayerInput, select: Full | H2O) -> Array:
     else:
         window, reduce = min(select.window, s), 0 if select.reduce == "sum" else 1
     queries = layer.queries[:, :, layer.queries.shape[2] - window :]
-    out = np.empty((b, h, s), np.float32)
-    scratch = workspace(_C.score_workspace(b, int(queries.shape[1]), int(queries.shape[2]), s, d))
+    out, first, device = _output(layer), _first(layer), cuda_of(layer.keys)
+    nbytes = _C.score_workspace(b, int(queries.shape[1]), int(queries.shape[2]), s, d)
+    scratch = workspace(nbytes) if device is None else _scratch(nbytes, device)
     _C.score(
-        out, queries, layer.keys, first_tokens(layer), scratch, layer.logit_scale, layer.softcap, reduce,
+        out, queries, layer.keys, first, scratch, layer.logit_scale, layer.softcap, reduce,
         0 if select.pool_kind == "avg" else 1, select.pool | 1,
     )  # fmt: skip
-    return out
+    return _fetched(out, "score: keys")
 
 
 def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) -> tuple[Array, Array, Array]:
@@ -96,8 +155,8 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     real = np.zeros((b, 1, most, 1), np.float32)
     for row, spot in enumerate(spots):
         if len(spot):
-            keys[row, :, : len(spot)] = to_float32(layer.keys[row][:, spot])
-            values[row, :, : len(spot)] = to_float32(layer.values[row][:, spot])
+            keys[row, :, : len(spot)] = _picked(layer.keys[row], spot)
+            values[row, :, : len(spot)] = _picked(layer.values[row], spot)
             real[row, :, : len(spot)] = 1
     counts = np.maximum(real.sum(2), 1)
     mean = values.sum(2) / counts
@@ -106,8 +165,7 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     if layer.queries is not None:
         _, heads, w, _ = layer.queries.shape
         real_queries = np.arange(s - w, s) >= first[:, None]
-        # Head by head: H2O brings the queries of the whole prompt.
-        lengths = np.stack([np.square(to_float32(layer.queries[:, head])).sum(2) for head in range(heads)], 1)
+        lengths = _squares(layer.queries)
         squares = np.where(real_queries[:, None], lengths, 0)
         seen = real_queries.sum(1)[:, None] * (heads // h)
         query_norm = np.where(seen > 0, squares.reshape(b, h, heads // h * w).sum(2) / np.maximum(seen, 1), query_norm)
@@ -119,6 +177,22 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
     drop = np.maximum(spread.reshape(-1), 1e-12).astype(np.float32)
     distortion_k = np.expm1(np.minimum(variance, 2.0)) * drop[:, None]
     return _falling(distortion_k), _falling(d * errors[1]), drop
+
+
+def _picked(rows: Any, spot: Array) -> Array:
+    """rows (h, s, d) of the tokens ``spot``, float32 on the host."""
+    device = cuda_of(rows)
+    return to_float32(rows[:, spot] if device is None else rows.index_select(1, upload(spot, device)))
+
+
+def _squares(queries: Any) -> Array:
+    """(b, hq, w): squared lengths; head by head, as H2O brings the queries of the whole prompt."""
+    heads = range(int(queries.shape[1]))
+    if cuda_of(queries) is None:
+        return np.stack([np.square(to_float32(queries[:, head])).sum(2) for head in heads], 1)
+    import torch
+
+    return to_float32(torch.stack([queries[:, head].float().square().sum(2) for head in heads], 1))
 
 
 def _falling(table: Array) -> Array:

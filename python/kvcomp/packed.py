@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import _C
+from .devices import arena_on, kind_of_layer, refuse_hold, stack
 from .layer_input import Array
+from .pages import copied
 from .policy import Policy
 from .store import LEDGER, PackedLayer
 
@@ -41,6 +43,7 @@ class Packed:
     Attributes:
         positions: per layer, the token at each stored place, lists one after the other in page order, where they were
             asked for. Attention needs none; they serve measurements, and are not part of the cache's bytes.
+        stacked: how passes run over layers on a GPU (kvcomp.store_cuda); None: they are on the CPU.
         hold_bytes: what ``nbytes`` never exceeds while tokens are appended (``Policy.decode="hold"``); None: no limit.
     """
 
@@ -55,6 +58,28 @@ class Packed:
     ) -> None:
         self.arena, self.layers, self.report, self.policy = arena, layers, report, policy
         self.positions, self.hold_bytes = positions, hold_bytes
+        self.stacked = stack(arena, layers)
+
+    def to(self, device: Any) -> Packed:
+        """A copy on another device, a torch.device or its name. NotImplementedError for a held budget on a GPU."""
+        import torch
+
+        wanted = torch.device(device)
+        if wanted.type == "cuda" and self.hold_bytes is not None:
+            refuse_hold("to", wanted)
+        if self.stacked is not None:
+            self.stacked.read()
+        arena = arena_on(wanted)
+        kind = kind_of_layer(arena)
+        layers = [
+            kind(
+                arena, layer.coding, table, layer.lists.copy(), heads=layer.heads, layer=layer.layer,
+                aged=layer.aged.copy(), window=layer.window, ranks=None if layer.ranks is None else layer.ranks.copy(),
+                rotation=layer.rotation, decay=layer.decay,
+            )
+            for layer, table in zip(self.layers, copied(self.layers, arena), strict=True)
+        ]  # fmt: skip
+        return Packed(arena, layers, self.report, self.policy, self.positions, self.hold_bytes)
 
     @property
     def nbytes(self) -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import _C
 from .choose import candidates_of, layer_priorities, layer_shares
+from .devices import arena_on, kind_of_layer, refuse_hold
 from .hold import compact, least_held
-from .layer_input import Array, LayerInput, first_tokens
-from .measure import at_random, distortion_of, importance_of, recency
+from .layer_input import Array, LayerInput, cuda_of, first_tokens, upload
+from .measure import at_random, check_sums, distortion_of, importance_of, recency, sums_on_gpu
 from .packed import Packed, Report, ratio_text
-from .pages import write_pages
+from .pages import GRANULE_BYTES, PageRows, WholePages, bytes_held, write_pages
 from .policy import Policy
 from .ranks import WORTH_BYTES, Ranks, ladder, list_bytes, page_worth, spread
 from .rotation import Rotation
@@ -27,11 +29,21 @@ def _half(tensor: Any) -> int:
     return BFLOAT16 if "bfloat16" in str(tensor.dtype) else FLOAT16
 
 
-class Compressor:
-    """Takes a prompt's layers in order and packs them.
+@dataclass(frozen=True)
+class _OnGpu(Account):
+    """Where slabs share granules."""
 
-    With ``Policy.prefill="joint"`` nothing is packed before ``finish``: K and V of all layers are kept until then. With
-    "layerwise" each layer is packed when it is added, in its share of the bytes, and nothing of it is kept.
+    def held(self, plans: Sequence[PageRows]) -> int:
+        return bytes_held(plans, self.layout, self.entry_bytes, self.list_bytes, GRANULE_BYTES)
+
+
+class Compressor:
+    """Takes a prompt's layers in order and packs them, where their keys are: on the host, or on a GPU, where ``finish``
+    refuses NaN and Inf at the latest.
+
+    With ``Policy.prefill="joint"`` and a byte budget nothing is packed before ``finish``: K and V of all layers are
+    kept until then (``keeps``). With "layerwise", and with fixed bits, each layer is packed when it is added, in its
+    share of the bytes, and nothing of it is kept.
 
     least_if_over: keep the smallest plan (``report.over_budget``) where the budget is below it, instead of raising
         ``BudgetError``.
@@ -52,9 +64,17 @@ class Compressor:
         self._packed: list[PackedLayer] = []
         self._positions: list[Array] = []
         self._page_bytes: list[int] = []
+        self._tokens: list[dict[tuple[int, int], int]] = []  # of each layer, by class
+        self._whole: WholePages | None = None  # where every token is kept at fixed bits
+        self._sums: list[tuple[str, Any]] = []  # of rows on a GPU: finite if they are
         self._least: int | None = 0
         self._over = False
         self._need = 0.0  # bytes of the first layer's smallest plan, a head, with prefill="layerwise"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether layers are held as they are until ``finish``."""
+        return self.policy.prefill == "joint" and self.policy.fixed_class is None
 
     # ---- layers come in
 
@@ -67,17 +87,25 @@ class Compressor:
         if index == 0:
             self._begin(layer)
         self._shapes.append(layer.shape)
+        if self._device is not None:
+            self._sums += [(f"{name}: layer {index}", part) for name, part in sums_on_gpu(layer, self._first)]
+        if self._whole is not None:
+            self._pack_whole(self._whole, layer, index)
+            return
         self._ready.append(self._measured(layer, index))
-        if self.policy.prefill == "layerwise":
+        if not self.keeps:
             self._pack(-1 if self.policy.fixed_class is not None else self._share())
 
     def finish(self) -> Packed:
         """All layers have been added."""
         if len(self._shapes) != self.layers:
             raise ValueError(f"compress: layers: expected {self.layers}, got {len(self._shapes)}")
+        check_sums(self._sums)
         if self._ready:
             self._pack(self._budget(self._bf16_bytes()))
-        elif self.layers > 1:
+        elif self.layers > 1 and (self._whole is None or self._whole.odd):
+            if self._whole is not None:
+                self._whole.supply.close()
             compact(self._arena, self._packed)  # one slab a size for all layers, as after a joint plan
         budget = self._budget(self._bf16_bytes())
         self._over = self._over and self._held() > budget
@@ -95,6 +123,11 @@ class Compressor:
                 f"compress: layers[{index}]: expected keys and values of one shape (b, h, s, d), "
                 f"got {keys} and {values}"
             )
+        device = cuda_of(layer.keys)
+        wanted = self._device if index else device
+        if device != wanted or cuda_of(layer.values) != wanted:
+            found = " and ".join(str(cuda_of(part) or "cpu") for part in (layer.keys, layer.values))
+            raise ValueError(f"compress: layers[{index}]: expected keys and values on {wanted or 'cpu'}, got {found}")
         shape = self._shapes[0] if index else layer.shape
         if layer.shape[0] != shape[0] or layer.shape[2:] != shape[2:]:
             raise ValueError(f"compress: layers[{index}]: expected shape {shape}, got {layer.shape}")
@@ -118,7 +151,9 @@ class Compressor:
 
     def _begin(self, layer: LayerInput) -> None:
         policy = self.policy
-        self._first = first_tokens(layer)
+        self._first, self._device = first_tokens(layer), cuda_of(layer.keys)
+        if self._device is not None and policy.decode == "hold":
+            refuse_hold("compress", self._device)
         head_dim = layer.shape[3]
         group = head_dim if policy.group is None else policy.group
         layout = Layout(head_dim, group, int(policy.zero_point), _half(layer.keys), SCALE_DTYPES[policy.scale_dtype])
@@ -126,11 +161,14 @@ class Compressor:
         given = isinstance(policy.rotation, Rotation)
         rotation = 0 if given or policy.fixed_class == (16, 16) else ROTATIONS[str(policy.rotation)]
         self._coding = Coding(layout, rotation, SCALES[policy.scale], int(policy.stochastic), policy.seed)
-        self._account = Account(layout)
+        account = Account if self._device is None else _OnGpu
+        self._account = account(layout)
         if policy.fixed_class is None:
             hold = policy.decode == "hold"
-            self._account = Account(layout, PAGE.itemsize + WORTH_BYTES * hold, LIST_BYTES + list_bytes(hold))
-        self._arena = _C.Arena()
+            self._account = account(layout, PAGE.itemsize + WORTH_BYTES * hold, LIST_BYTES + list_bytes(hold))
+        self._arena = arena_on(self._device)
+        if policy.fixed_class is not None and policy.select is None:
+            self._whole = WholePages(self._arena, self._coding, self.layers)
 
     def _turns(self, index: int) -> tuple[Array, Array] | None:
         """The layer's own matrices, where the policy brings some and anything is quantized."""
@@ -156,11 +194,7 @@ class Compressor:
             importance = at_random(layer, policy.seed, index)
         elif policy.allocate == "position":
             importance = recency(layer)
-        turns = self._turns(index)
-        if turns is not None:
-            keys, values = rotated(layer.keys, turns[0]), rotated(layer.values, turns[1])
-            # Of the queries only the norms are used from here on, which rotation keeps.
-            layer = LayerInput(keys, values, layer.queries, None, layer.first, layer.scale, layer.softcap)
+        layer = self._rotated(layer, index)  # of the queries only norms are used from here on, which that keeps
         tables = None
         if pair is None:
             tables = distortion_of(layer, self._coding, policy.calibration_tokens, index)
@@ -168,6 +202,24 @@ class Compressor:
             layer = LayerInput(layer.keys, layer.values, None, None, layer.first, layer.scale, layer.softcap)
         priority = float(layer_priorities(select, self.layers)[index])
         return Ready(layer, index, importance, self._first, kept, fixed, tables, priority, self.layers)
+
+    def _rotated(self, layer: LayerInput, index: int) -> LayerInput:
+        """The layer times the policy's own matrices, if it has some."""
+        turns = self._turns(index)
+        if turns is None:
+            return layer
+        keys: Any
+        values: Any
+        if self._device is None:
+            keys, values = (rotated(rows, turn) for rows, turn in zip((layer.keys, layer.values), turns, strict=True))
+        else:
+            from .store_cuda import turned
+
+            keys, values = (
+                turned(rows, upload(turn, self._device))
+                for rows, turn in zip((layer.keys, layer.values), turns, strict=True)
+            )
+        return LayerInput(keys, values, layer.queries, None, layer.first, layer.scale, layer.softcap)
 
     # ---- bytes
 
@@ -242,34 +294,47 @@ class Compressor:
             self._least = None if spent.least is None or self._least is None else self._least + spent.least
             self._over = self._over or spent.over
         tables = write_pages(self._arena, [one.layer for one in ready], spent.plans, self._coding, ready[0].index)
-        common = _common_class(spent, policy)
-        for place, (one, table) in enumerate(zip(ready, tables, strict=True)):
-            self._keep(one, spent, place, table, common)
+        common = pair or _common_class(spent, policy)
+        for place, (one, rows, table) in enumerate(zip(ready, spent.plans, tables, strict=True)):
+            aged = np.empty((len(rows.states), 2), np.uint8)
+            aged[:] = common
+            ranks = None
+            if pair is None:
+                ranks = _ranks(one, spent, place, table.shape[1], hold=policy.decode == "hold")
+                classes = (ranks.kind[:, :, 0] > 0).sum(1)
+                some = classes > 0  # until attention has been observed: the least class
+                aged[some] = ranks.kind[some, classes[some] - 1]
+            self._keep(one.layer.shape[1], one.index, rows, table, aged, ranks)
 
-    def _keep(self, one: Ready, spent: Spent, place: int, table: Array, common: tuple[int, int]) -> None:
-        rows, policy = spent.plans[place], self.policy
-        heads = one.layer.shape[1]
-        aged = np.empty((len(rows.states), 2), np.uint8)
-        aged[:] = policy.fixed_class or common
-        ranks = None
-        if policy.fixed_class is None:
-            ranks = _ranks(one, spent, place, table.shape[1], hold=policy.decode == "hold")
-            classes = (ranks.kind[:, :, 0] > 0).sum(1)
-            some = classes > 0  # until attention has been observed: the least class
-            aged[some] = ranks.kind[some, classes[some] - 1]
-        layer = PackedLayer(
-            self._arena, self._coding, table, rows.states, heads=heads, layer=one.index, aged=aged,
-            window=policy.kept_window, ranks=ranks, rotation=self._turns(one.index), decay=policy.decay,
+    def _pack_whole(self, whole: WholePages, layer: LayerInput, index: int) -> None:
+        """Packs a layer that keeps every token at the policy's bits."""
+        policy, pair = self.policy, self.policy.fixed_class
+        assert pair is not None
+        layer = self._rotated(layer, index)
+        rows, table = whole.write(layer, self._first, pair, policy.sinks, policy.kept_window, index)
+        aged = np.empty((len(table), 2), np.uint8)
+        aged[:] = pair
+        self._least = None
+        self._keep(layer.shape[1], index, rows, table, aged, None)
+
+    def _keep(self, heads: int, index: int, rows: PageRows, table: Array, aged: Array, ranks: Ranks | None) -> None:
+        """The packed layer, and what is to be said of it."""
+        layer = kind_of_layer(self._arena)(
+            self._arena, self._coding, table, rows.states.copy(), heads=heads, layer=index, aged=aged,
+            window=self.policy.kept_window, ranks=ranks, rotation=self._turns(index), decay=self.policy.decay,
         )  # fmt: skip
         self._packed.append(layer)
-        self._positions.append(rows.tokens)
-        self._page_bytes.append(self._account.held([rows]))
+        if self._want_positions:
+            self._positions.append(rows.positions())
+        account = self._account
+        self._page_bytes.append(bytes_held([rows], account.layout, account.entry_bytes, account.list_bytes))
+        self._tokens.append(rows.tokens_by_class)
 
     def _report(self, budget: int) -> Report:
         histogram: dict[tuple[int, int], int] = {}
         per_layer = []
-        for layer in self._packed:
-            for key, count in layer.bits_histogram().items():
+        for layer, tokens in zip(self._packed, self._tokens, strict=True):
+            for key, count in tokens.items():
                 histogram[key] = histogram.get(key, 0) + count
             whole = self._real_tokens() * layer.heads
             per_layer.append(float(layer.tokens.sum()) / whole if whole else 0.0)
@@ -308,10 +373,9 @@ def _common_class(spent: Spent, policy: Policy) -> tuple[int, int]:
     of what the policy allows."""
     counts: dict[tuple[int, int], int] = {}
     for rows in spent.plans:
-        for page in rows.pages:
-            key = (int(page["k_bits"]), int(page["v_bits"]))
+        for key, count in rows.tokens_by_class.items():
             if key != (16, 16):
-                counts[key] = counts.get(key, 0) + int(page["tokens"])
+                counts[key] = counts.get(key, 0) + count
     if counts:
         return max(counts, key=lambda key: counts[key])
     return min(classes_of(policy), key=lambda pair: (abs(sum(pair) - 8), pair), default=(16, 16))

@@ -52,6 +52,9 @@ class Ranks:
         """Whether pages' worth is kept, so that a byte budget can be held."""
         return len(self.drop) > 0
 
+    def copy(self) -> Ranks:
+        return Ranks(*(getattr(self, field.name).copy() for field in fields(self)))
+
     def select(self, rows: Array) -> None:
         """The lists become the old ``rows``."""
         for field in fields(self):

@@ -28,9 +28,10 @@ import numpy as np
 from . import _C, plain, tensorfile
 from .layer_input import Array
 from .packed import Packed, Report
+from .pages import page_sizes
 from .policy import BITS, Policy
 from .ranks import Ranks
-from .store import PAGE, PAGES, ROTATIONS, SCALES, TAIL_PAGE, TAIL_TOKENS, TOKENS, Coding, Layout, PackedLayer
+from .store import PAGE, PAGES, ROTATIONS, SCALES, TAIL_PAGE, TAIL_TOKENS, TOKENS, Coding, PackedLayer
 from .tensorfile import Tensor, refusal, short
 
 SCHEMA = "kvcomp.cache/1"
@@ -105,6 +106,8 @@ def save(path: Path, cache: Saved, model: Mapping[str, Any]) -> None:
     ValueError for a policy with values of kinds that could not be read again; OSError where it cannot be written.
     """
     packed = cache.packed
+    if packed.stacked is not None:
+        packed.stacked.read()
     layers = [_layer_facts(layer) for layer in packed.layers]
     facts = Facts(packed.layers[0].coding, cache.positions, cache.ratio, packed.hold_bytes, layers)
     arrays: dict[str, Array] = {}
@@ -121,7 +124,7 @@ def save(path: Path, cache: Saved, model: Mapping[str, Any]) -> None:
     tensors["padding.counts"] = Tensor.of(np.array([len(runs) for runs in cache.runs], np.int32))
     tensors["padding.runs"] = Tensor.of(np.array([length for runs in cache.runs for length in runs], np.int64))
     for index, layer in enumerate(packed.layers):
-        sizes = _page_sizes(layer.coding.layout, layer.entries())
+        sizes = page_sizes(layer.entries(), layer.coding.layout)
         tensors[f"layers.{index}.table"] = Tensor.of(_compact_table(layer, sizes))
         tensors[f"layers.{index}.lists"] = Tensor.of(layer.lists)
         tensors[f"layers.{index}.aged"] = Tensor.of(layer.aged)
@@ -142,12 +145,6 @@ def _layer_facts(layer: PackedLayer) -> LayerFacts:
 
 def _longest(lists: Array) -> int:
     return int(lists[:, PAGES].max(initial=0))
-
-
-def _page_sizes(layout: Layout, entries: Array) -> Array:
-    """(pages,) bytes of each page."""
-    classes, members = np.unique(entries["k_bits"].astype(np.int32) * 32 + entries["v_bits"], return_inverse=True)
-    return np.array([_C.page_bytes(layout, *divmod(int(c), 32)) for c in classes], np.int64)[members.reshape(-1)]
 
 
 def _rows(begin: Array, size: int) -> Array:
@@ -193,8 +190,9 @@ class _Given(dict[str, Array]):
         return super().__getitem__(name)
 
 
-def load(path: Path, model: Mapping[str, Any]) -> Saved:
-    """What ``save`` wrote, in an arena of its own, for a model of these facts.
+def load(path: Path, model: Mapping[str, Any], device: Any = None) -> Saved:
+    """What ``save`` wrote, in an arena of its own, for a model of these facts; on ``device``, a torch.device or its
+    name, None: on the host.
 
     It takes at most the bytes that the saved cache took: tables have no spare columns, and the pages of one size share
     one slab, so that what had been freed inside slabs is not there. ValueError, in one sentence, for a foreign, damaged
@@ -219,6 +217,8 @@ def load(path: Path, model: Mapping[str, Any]) -> Saved:
         raise refusal(path, "the arrays of a saved cache", f"{short(sorted(given.left)[0])} besides")
     arena = _C.Arena()
     packed = Packed(arena, _placed(arena, layers, facts), report, policy, hold_bytes=facts.hold_bytes)
+    if device is not None:
+        packed = packed.to(device)
     return Saved(packed, facts.positions, runs, facts.ratio)
 
 
@@ -343,7 +343,7 @@ def _checked_layer(path: Path, given: _Given, facts: Facts, index: int, runs: li
     check(((tokens * used).sum(1) == lists[:, TOKENS]).all(), "lists", "the tokens of all pages")
     real = np.repeat([sum(part[1::2]) for part in runs], layer.heads)
     check((lists[:, TOKENS] <= real).all(), "lists", "no more tokens than the sequence has")
-    sizes = _page_sizes(layout, entries[used])
+    sizes = page_sizes(entries[used], layout)
     begin = np.cumsum(sizes) - sizes
     blob = _array(path, given, f"{where}.pages", np.uint8, (int(sizes.sum()),))
     check((entries["unit"][used].astype(np.int64) * UNIT == begin).all(), "table", "pages one after the other")

@@ -24,7 +24,6 @@ LEDGER = ("codes", "scales", "positions", "page_table", "slack", "window")
 CHUNK = 64  # new tokens that are appended before their queries attend
 SPARE_ENTRIES = 8  # of a page table that is made larger
 _TAIL_PAGE_TOKENS = _C.page_tokens(16, 16)
-_PLAIN = np.array([[16, 16]], np.uint8)  # a list of classes where none is needed
 
 PAGE = np.dtype([("unit", "<u4"), ("k_bits", "u1"), ("v_bits", "u1"), ("tokens", "u1"), ("flags", "u1")])
 # Columns of a list's state.
@@ -151,7 +150,8 @@ class PackedLayer:
             keys, values = rotated(keys, k_turn), rotated(values, v_turn)
         tail = self.lists[:, TAIL_TOKENS]
         if q == 1 and valid is None and (tail % _TAIL_PAGE_TOKENS > 0).all() and (tail < self.window + CHUNK).all():
-            self._write(keys, values, None, self.table, _PLAIN, np.zeros(len(self.lists), np.uint8), [0, 0])
+            none = np.zeros(len(self.lists), np.int64)
+            self._write(keys, values, None, self.table, self.aged, none, none)
             return
         added = np.full(len(self.lists), q) if valid is None else np.repeat(valid, self.heads)
         tails, flushes = self._needs(added)
@@ -162,14 +162,9 @@ class PackedLayer:
             for name, rows in (("keys", keys), ("values", values)):
                 self._check_finite(name, rows, valid)
             make_room(self._bytes_needed(tails, flushes, aged))
-        classes, index = np.unique(aged, axis=0, return_inverse=True)
-        if not len(classes):
-            classes = _PLAIN
-        index = index.reshape(-1).astype(np.uint8)
         table = self._grown(int((tails + flushes).max(initial=0)))
-        needs = [int(tails.sum()), *(int(flushes[index == c].sum()) for c in range(len(classes)))]
         before = self.lists[:, TAIL_PAGE].copy()
-        self._write(keys, values, valid, table, classes, index, needs)
+        self._write(keys, values, valid, table, aged, tails, flushes)
         self.table, self.aged = table, aged
         if self.ranks is not None:
             self.ranks.recent[flushes > 0] = 0
@@ -184,31 +179,39 @@ class PackedLayer:
         values: Any,
         valid: np.ndarray[Any, Any] | None,
         table: np.ndarray[Any, Any],
-        classes: np.ndarray[Any, Any],
-        index: np.ndarray[Any, Any],
-        needs: list[int],
+        aged: np.ndarray[Any, Any],
+        tails: np.ndarray[Any, Any],
+        flushes: np.ndarray[Any, Any],
     ) -> None:
-        """Aged tokens of list i take classes[index[i]]; ``needs``: most pages, 16-bit ones and of each class."""
-        coding = self.coding
-        in_tails = int((self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]).sum())
-        pool_tail = np.zeros(needs[0] + in_tails, np.uint32)
-        pool_packed = np.zeros((len(classes), max(needs[1:])), np.uint32)
-        stacks, left = [pool_tail, *pool_packed], np.zeros(len(needs), np.int32)
-        pairs = [(16, 16), *((int(k), int(v)) for k, v in classes)]
+        """Aged tokens of list i take class aged[i]; tails[i], flushes[i]: most 16-bit and packed pages."""
+        coding, n = self.coding, len(self.lists)
+        tail_pages = self.lists[:, PAGES] - self.lists[:, TAIL_PAGE]
+        stacks = (
+            np.zeros((n, int((tail_pages + tails).max(initial=0))), np.uint32),
+            np.zeros((n, int(flushes.max(initial=0))), np.uint32),
+        )
+        left = np.zeros((n, 2), np.int32)
+        sizes: list[tuple[int, int, Any]] = []  # stack, page bytes, its lists
+        if stacks[1].size or tails.any():
+            sizes.append((0, _C.page_bytes(coding.layout, 16, 16), np.arange(n)))
+            for k, v in np.unique(aged[flushes > 0], axis=0):
+                rows = np.flatnonzero((aged == (k, v)).all(1))
+                sizes.append((1, _C.page_bytes(coding.layout, int(k), int(v)), rows))
         try:
-            for place, (stack, pair, need) in enumerate(zip(stacks, pairs, needs, strict=True)):
-                if need:
-                    stack[:need] = self.arena.alloc(_C.page_bytes(coding.layout, *pair), need)
-                    left[place] = need
+            for which, size, rows in sizes:
+                stack, count = stacks[which], (flushes if which else tails)[rows]
+                units = np.zeros((len(rows), stack.shape[1]), np.uint32)
+                units[np.arange(stack.shape[1]) < count[:, None]] = self.arena.alloc(size, int(count.sum()))
+                stack[rows], left[rows, which] = units, count
             _C.append(
-                self.arena, table, self.lists, pool_tail, pool_packed, left, keys, values, valid, classes, index,
-                coding.layout, self.window, coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
+                self.arena, table, self.lists, *stacks, left, keys, values, valid, aged, coding.layout, self.window,
+                coding.rotation, coding.scale, coding.stochastic, self.layer, coding.seed,
             )  # fmt: skip
             self.appends += 1
         finally:
-            for stack, pair, count in zip(stacks, pairs, left, strict=True):
-                if count:
-                    self.arena.free(_C.page_bytes(coding.layout, *pair), stack[:count])
+            for which, size, rows in sizes:
+                units = stacks[which][rows]
+                self.arena.free(size, units[np.arange(units.shape[1]) < left[rows, which, None]])
 
     def _check_finite(self, name: str, rows: Any, counts: np.ndarray[Any, Any] | None) -> None:
         q = int(rows.shape[2])
@@ -310,7 +313,7 @@ class PackedLayer:
         scratch = workspace(_C.attend_workspace(len(self.lists), pages, group, q, layout.head_dim))
         _C.attend(
             out, mass, queries, self.arena, self.table, self.lists, counts, scratch, layout, self.coding.rotation,
-            scale, softcap, 0,
+            scale, softcap, 0, None, 0,
         )  # fmt: skip
 
     def append_attend(

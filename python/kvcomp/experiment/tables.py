@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from .. import results
-from . import policies_report, report
+from . import policies_report, report, tables_gpu
 from .report import markdown
 
 _POLICIES = Path("experiments/results/policies.json")
 _FRESH = Path("experiments/results/policies_seed6000.json")  # the best single methods of the former on other prompts
+_H200 = Path("experiments/results/h200")
 
 # Name of a table -> the results file it is made from, that file's kind, and the rows it shows.
 SOURCES = {
@@ -23,8 +24,9 @@ SOURCES = {
     "attend": (Path("experiments/results/cpu/attend.json"), "attend", "attend"),
     **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_text", "policies_gain", "coding")},
     **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
+    **{name: (_H200 / f"{name.split('_')[0]}.json", name.split("_")[0], name) for name in tables_gpu.ROWS},
 }
-ROWS = {**report.ROWS, **policies_report.ROWS}
+ROWS = {**report.ROWS, **policies_report.ROWS, **tables_gpu.ROWS}
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 

@@ -17,11 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .library import append_attend
 from .support import check_arguments
 
 NAME = "kvcomp"
 _LAYER = "_kvc_layer"  # on a key: the packed layer it belongs to
 _REAL = "_kvc_real"  # on a mask: (b, positions) bool of real tokens, None where none is padding
+STEP = "_kvc_step"  # on an attention module, during a decode step (step.py): its packed layer's handle
 
 
 class Implementation(str):
@@ -122,6 +124,11 @@ def attention(
     **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query (b,hq,q,d), key and value (b,h,q,d) -> output (b,q,hq,d) and no weights."""
+    handle: torch.Tensor | None = getattr(module, STEP, None)
+    if handle is not None:  # what it is called with was checked when the prompt came by
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = append_attend(query, key, value, handle, scale, arguments.get("softcap") or 0.0)
+        return out.transpose(1, 2).contiguous(), None
     layer: WaitingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
         for other in _waiting.layers:

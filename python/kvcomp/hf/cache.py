@@ -35,15 +35,14 @@ class PackedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._state = state
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Checks what the model hands over: (b,h,q,d) on the CPU, 32 or 16 bit, outside autograd."""
+        """Checks what the model hands over: (b,h,q,d), all layers' on one device, 32 or 16 bit, outside autograd."""
         if self.config._attn_implementation != NAME:
             raise RuntimeError(
                 f"Cache: config._attn_implementation: expected {NAME!r} as long as the cache is used, got "
                 f"{self.config._attn_implementation!r}"
             )
         for states in (key_states, value_states):
-            if states.device.type != "cpu":
-                raise NotImplementedError(f"Cache: keys and values: expected CPU tensors for now, got {states.device}")
+            self._state.check_device(states.device)
             if states.dtype not in _DTYPES:
                 raise TypeError(f"Cache: keys and values: expected float32, float16 or bfloat16, got {states.dtype}")
             if states.requires_grad:
@@ -62,10 +61,12 @@ class PackedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(b,h,q,d) -> the same, marked with this layer, which holds them until its attention has run."""
+        if self._state.stepping:
+            return key_states, value_states
         self.lazy_initialization(key_states, value_states)
-        self._state.take(self.index, key_states, value_states)
+        keys, values = self._state.take(self.index, key_states, value_states)
         try:
-            return hand_on(self, key_states, value_states)
+            return hand_on(self, keys, values)
         except RuntimeError:
             self._state.give_back(self.index)
             raise
@@ -95,6 +96,8 @@ class PackedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """(length, offset) of what a mask must cover: the new rows, all others being stored or padding. Versions of
         transformers that hand over cache positions (q,) in the place of their number are understood."""
         count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if self._state.expected and self.is_first:  # a prompt in several passes attends over all of them
+            return self.get_seq_length() + count, 0
         return count, self.get_seq_length()
 
     def get_max_length(self) -> int:
@@ -163,6 +166,14 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         for layer in cache.layers:
             layer.is_initialized = True
         return cache
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search: the batch becomes its sequences beam_idx (b,), which are brought to the host once."""
+        super().reorder_cache(beam_idx.cpu())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The batch becomes its sequences `indices`: numbers, or a bool mask."""
+        super().batch_select_indices(indices.cpu())
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,5 @@
 """with kvcomp.compress(model, policy): every generate call, and every forward pass that would start a cache of its own,
-gets a fresh packed one."""
+gets a fresh packed one; long prompts are read in bounded memory, and decode steps are recorded and replayed."""
 
 import functools
 import inspect
@@ -9,31 +9,54 @@ from typing import Any
 from ..policy import Policy
 from .attention import register, set_implementation
 from .cache import Cache
+from .graph import Compile, Steps
+from .prefill import Prefill
+from .step import mark_real_tail, without_known_mask
 from .support import count_layers, decoder_config
+
+_MADE_KWARGS = "_update_model_kwargs_for_generation"  # what makes the mask of a generate's next step
 
 
 class Compressing:
     """The context manager that `compress` returns."""
 
     cache: Cache | None = None  # the last one made
+    steps: Steps  # what runs decode steps, inside
 
-    def __init__(self, model: Any, policy: Policy) -> None:
+    def __init__(
+        self,
+        model: Any,
+        policy: Policy,
+        graphs: bool,
+        compile: Compile,
+        prefill_chunk: int | None,
+        by_sequence: bool | None,
+    ) -> None:
         if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
             raise TypeError(
                 f"compress: model: expected a transformers model that generates, got {type(model).__name__}"
             )
         if not isinstance(policy, Policy):
             raise TypeError(f"compress: policy: expected a kvcomp.Policy, got {type(policy).__name__}")
+        if not isinstance(graphs, bool):
+            raise TypeError(f"compress: graphs: expected True or False, got {graphs!r}")
+        if not isinstance(compile, bool | dict) and compile != "auto":
+            raise TypeError(
+                f"compress: compile: expected True, False, 'auto' or torch.compile's options, got {compile!r}"
+            )
         self._config = decoder_config(model.config)
-        count_layers(self._config)
+        self._layers = count_layers(self._config)
         self._model = model
         self._policy = policy
+        self._graphs, self._compile = graphs, compile
+        self._prefill = Prefill(self._config, policy, model.forward, prefill_chunk, by_sequence)
 
     def __enter__(self) -> "Compressing":
         model = self._model
         self._implementation = self._config._attn_implementation
-        self._own = vars(model).get("generate")  # a generate of this very object, in the place of its class's
-        plain = model.generate
+        # What is put in the place of the class's own, and what this very object had there before.
+        self._own = {name: vars(model)[name] for name in ("generate", "forward", _MADE_KWARGS) if name in vars(model)}
+        plain, forward = model.generate, model.forward
 
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -41,10 +64,23 @@ class Compressing:
                 kwargs["past_key_values"] = self._fresh()
             return plain(*args, **kwargs)
 
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(self._names, args, strict=False)) | kwargs
+            for special in (self.steps, self._prefill):
+                out = special.run(given)
+                if out is not None:
+                    return out
+            return forward(*args, **without_known_mask(kwargs))
+
         register()
         set_implementation(self._config)
-        model.generate = generate
         self._names = list(inspect.signature(model.forward).parameters)
+        self._prefill.forward = forward
+        self.steps = Steps(model, self._config, self._layers, forward, self._graphs, self._compile)
+        model.generate, model.forward = generate, run
+        if hasattr(model, _MADE_KWARGS):
+            setattr(model, _MADE_KWARGS, _marking(getattr(model, _MADE_KWARGS)))
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         return self
 
@@ -52,9 +88,10 @@ class Compressing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hook.remove()
-        del self._model.generate
-        if self._own is not None:
-            self._model.generate = self._own
+        for name in ("generate", "forward", _MADE_KWARGS):
+            vars(self._model).pop(name, None)
+        for name, value in self._own.items():
+            setattr(self._model, name, value)
         self._config._attn_implementation = self._implementation
 
     def _fresh(self) -> Cache:
@@ -88,8 +125,39 @@ class Compressing:
         return args, kwargs
 
 
-def compress(model: Any, policy: Policy) -> Compressing:
+def _marking(make: Any) -> Any:
+    """A generate's way to the next step's arguments, whose mask is marked as one that ends in real tokens."""
+
+    @functools.wraps(make)
+    def marking(outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        before = model_kwargs.get("attention_mask")
+        made = make(outputs, model_kwargs, *args, **kwargs)
+        mark_real_tail(before, made.get("attention_mask"))
+        return made
+
+    return marking
+
+
+def compress(
+    model: Any,
+    policy: Policy,
+    *,
+    graphs: bool = True,
+    compile: Compile = False,
+    prefill_chunk: int | None = None,
+    by_sequence: bool | None = None,
+) -> Compressing:
     """Inside `with compress(model, policy) as c:` every generate call of `model` that brings no cache of its own gets a
     fresh kvcomp.Cache, and so does every forward pass that would start one; `c.cache` is the last. On the way out, by
-    an exception or not, the model is as it was."""
-    return Compressing(model, policy)
+    an exception or not, the model is as it was.
+
+    graphs: on a GPU, decode steps (passes of one new token of every sequence) are recorded as a CUDA graph once and
+        replayed. KVCOMP_GRAPHS=0 in the environment turns it off, too.
+    compile: torch.compile runs the decoder layers of decode steps: True; "auto": on a GPU, and where it works; or its
+        options, as a dict. The first step takes as long as compiling does.
+    prefill_chunk: tokens of a prompt that are read at once, where only the last one's logits are asked for, as generate
+        does; keys and values of all of them are kept until the last chunk has run. None: all.
+    by_sequence: read the prompts of a batch one after the other, each compressed before the next (bytes of a budget are
+        shared out by their tokens); None: where the 16-bit keys and values of all would take much of a GPU's memory.
+    """
+    return Compressing(model, policy, graphs, compile, prefill_chunk, by_sequence)

@@ -2,7 +2,9 @@
 left-padded form that the packed cache takes."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -10,8 +12,17 @@ import torch
 class Rows:
     """The q new rows of every sequence in one forward pass."""
 
-    valid: torch.Tensor | None = None  # (b,) int32: real rows of a sequence; None: all of them
+    valid: torch.Tensor | None = None  # (b,) int32 on the CPU: real rows of a sequence; None: all of them
     order: torch.Tensor | None = None  # (b,q) int64: brings the padding to the left; None: it is there already
+
+    def to(self, device: torch.device) -> "Rows":
+        """For rows on `device`."""
+        return self if self.order is None else Rows(self.valid, self.order.to(device))
+
+    @property
+    def counts(self) -> np.ndarray[Any, Any] | None:
+        """`valid` as an array."""
+        return None if self.valid is None else self.valid.numpy()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """(b,h,q,d) with the padding of every sequence moved to the left."""

@@ -39,14 +39,42 @@ class State:
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K, V between update and attention
         self._at = 0  # the layer that they are of
         self._broken = False  # a later pass stopped half-way through a layer
+        self.stepping = False  # the pass at hand is a decode step of step.py
+        self._before: list[int] = []  # appends of every layer when it began
         self._compressor: Compressor | None = None  # while the first pass runs
         self._first: np.ndarray[Any, Any] | None = None  # first real token of every sequence
+        self._real: torch.Tensor | None = None  # (b,s) bool on the CPU, of the first pass; None: no mask was given
         self._padding = Padding()
         self._rows = Rows()
+        self._device: torch.device | None = None
+        self.expected = 0  # positions of a prompt that comes in several passes; 0: in one
+        self._kept: dict[int, list[torch.Tensor]] = {}  # K, V and last queries of its layers so far
 
-    def take(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    @property
+    def used(self) -> bool:
+        """Whether anything has been given to it."""
+        return self.packed is not None or any(self.seen) or self._compressor is not None
+
+    def check_device(self, device: torch.device) -> None:
+        """NotImplementedError for devices that a packed cache cannot be on: neither CPU nor CUDA, or not that of the
+        other layers."""
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"Cache: keys and values: expected CPU or CUDA tensors, got {device}")
+        if self._device is not None and device != self._device and self.used:
+            refused = NotImplementedError(
+                f"Cache: keys and values: expected all layers on one device, {self._device}, got {device} (a model "
+                f"that is split over several devices?)"
+            )
+            if self.packed is None:
+                self.reset()
+            raise refused
+        if self.packed is not None and (device.type == "cuda") != (self.packed.arena.device >= 0):
+            self.packed = self.packed.to(device)  # a cache from a file
+        self._device = device
+
+    def take(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index` is given keys, values (b,h,q,d), held until its attention has run. Layers come in order, one
-        pass after the other."""
+        pass after the other. Returns what is to be attended over: them, or all of a prompt in several passes."""
         if index == 0 and self._new is not None:  # an earlier pass ended before that layer's attention
             self.give_back(self._at)
         count = keys.shape[2]
@@ -59,6 +87,22 @@ class State:
             )
         self.seen[index] += count
         self._new, self._at = (keys, values), index
+        if self.expected and self.packed is None:
+            self._new = self._gathered(index, keys, values)
+        return self._new
+
+    def _gathered(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a prompt so far, these last."""
+        end = self.seen[index]
+        if end > self.expected:
+            raise RuntimeError(f"Cache: prompt: expected {self.expected} tokens, got {end}")
+        if index not in self._kept:
+            b, h, _, d = keys.shape
+            self._kept[index] = [rows.new_empty(b, h, self.expected, d) for rows in (keys, values)]
+        whole = self._kept[index][:2]
+        for rows, new in zip(whole, (keys, values), strict=True):
+            rows[:, :, end - new.shape[2] : end] = new
+        return whole[0][:, :, :end], whole[1][:, :, :end]
 
     def give_back(self, index: int) -> None:
         """The pass failed in layer `index`: undone where nothing has been stored yet."""
@@ -84,17 +128,28 @@ class State:
         keys, values = self._new
         batch, _, count, _ = keys.shape
         if index == 0:
-            self._check_mask(real, batch)
-            self._first = None if real is None or bool(real.all()) else left_padding(real).numpy()
-            self._compressor = Compressor(self.policy, self.layers, least_if_over=True)
-        assert self._compressor is not None
+            self._real = None if real is None else real.cpu()
+            self._check_mask(self._real, batch)
+            self._first = None if self._real is None or bool(self._real.all()) else left_padding(self._real).numpy()
+            if self.seen[0] >= self.expected:
+                self._compressor = Compressor(self.policy, self.layers, least_if_over=True)
         window = self.policy.scoring_window
-        whole = self.policy.prefill == "joint"  # kept until the last layer has run
+        last = queries[:, :, -window:] if window else None
+        if self.expected:
+            if last is not None:
+                last = torch.cat([*self._kept[index][2:], last], dim=2)[:, :, -window:]
+            if self.seen[index] < self.expected:
+                self._kept[index][2:] = [] if last is None else [last.clone()]
+                self._new = None
+                return
+            del self._kept[index]
+        assert self._compressor is not None
+        whole = self._compressor.keeps  # until the last layer has run
         self._compressor.add(
             LayerInput(
                 keys=_own(keys) if whole else keys,
                 values=_own(values) if whole else values,
-                queries=queries[:, :, -window:] if window else None,
+                queries=last,
                 first=self._first,
                 scale=scale,
                 softcap=softcap,
@@ -102,7 +157,7 @@ class State:
         )
         self._new = None
         if index == self.layers - 1:
-            self._padding.extend(None if self._first is None else real, batch, count)
+            self._padding.extend(None if self._first is None else self._real, batch, count)
             self._finish()
 
     def prime(self, prompt: Sequence[LayerInput]) -> None:
@@ -120,6 +175,13 @@ class State:
         batch, _, count, _ = prompt[0].shape
         self.seen = [count] * self.layers
         self._padding.extend(None, batch, count)
+
+    def adopt(self, packed: Packed, positions: int, real: torch.Tensor | None, batch: int) -> None:
+        """As if the first pass had gone over `positions` of `batch` sequences and given `packed`; real (b,positions)
+        bool, None without padding."""
+        self.packed, self.ratio = packed, packed.ratio
+        self.seen = [positions] * self.layers
+        self._padding.extend(real, batch, positions)
 
     def _finish(self) -> None:
         assert self._compressor is not None
@@ -143,20 +205,23 @@ class State:
         assert self.packed is not None and self._new is not None
         keys, values = self._new
         batch, _, count, _ = keys.shape
+        packed = self.packed
         if index == 0:
-            self._rows = self._new_rows(batch, count, real)
-        rows, packed = self._rows, self.packed
-        layer = packed.layers[index]
+            real = None if real is None else real.cpu()
+            self._check_mask(real, batch)
+            self._rows = self._new_rows(batch, count, real).to(keys.device)
+            if packed.stacked is not None:
+                packed.stacked.begin_step(count, self._rows.counts)
+        rows, layer = self._rows, packed.layers[index]
+        alone: dict[str, Any] = {}
+        if packed.stacked is None:  # a layer at a time; elsewhere begin_step has seen to all of them
+            alone["valid"] = rows.counts
+            if packed.hold_bytes is not None:
+                alone["make_room"] = lambda nbytes: make_room(packed, nbytes)
         before = layer.appends
         try:
             out = layer.append_attend(
-                rows.gather(queries),
-                rows.gather(keys),
-                rows.gather(values),
-                scale=scale,
-                softcap=softcap,
-                valid=None if rows.valid is None else rows.valid.numpy(),
-                make_room=None if packed.hold_bytes is None else lambda nbytes: make_room(packed, nbytes),
+                rows.gather(queries), rows.gather(keys), rows.gather(values), scale=scale, softcap=softcap, **alone
             )
         except BaseException as error:
             # Whoever stops the program may do so anywhere; errors leave a layer whole, with some of the rows or none.
@@ -167,9 +232,40 @@ class State:
         self._new = None
         return rows.scatter(out)
 
+    # ---- decode steps (step.py)
+
+    def takes_step(self, batch: int, mask: torch.Tensor | None) -> bool:
+        """Whether a pass of one token each of `batch` sequences can be a step: between two passes, without padding
+        among the new tokens. mask (b, positions), 0 for padding, or None. ValueError as in a pass of any kind."""
+        packed = self.packed
+        if packed is None or self._broken or self._new is not None or len(set(self.seen)) > 1:
+            return False
+        if any(layer.batch != batch for layer in packed.layers):
+            return False
+        if mask is not None:
+            real = mask.cpu().bool()
+            if tuple(real.shape) != (batch, self.seen[0] + 1) or self._new_rows(batch, 1, real).valid is not None:
+                return False
+        self._before = [layer.appends for layer in packed.layers]
+        return True
+
+    def step_began(self) -> bool:
+        """Whether a step that failed has stored anything."""
+        assert self.packed is not None
+        return [layer.appends for layer in self.packed.layers] != self._before
+
+    def step_failed(self) -> None:
+        """A step was stopped by an error."""
+        self._broken = self._broken or self.step_began()
+
+    def step_done(self) -> None:
+        """Every layer has taken one token of every sequence."""
+        assert self.packed is not None
+        self.seen = [count + 1 for count in self.seen]
+        self._padding.extend(None, self.packed.layers[0].batch, 1)
+
     def _new_rows(self, batch: int, count: int, real: torch.Tensor | None) -> Rows:
         """Which of the `count` new rows are padding. ValueError where the mask denies what is stored."""
-        self._check_mask(real, batch)
         if real is None:
             return Rows()
         wrong = (real[:, :-count] != self._padding.real()).nonzero()

@@ -1,0 +1,202 @@
+/* attend.cu: kvc_attend_cuda (attend.h): checks, the job, and which kernel takes it. */
+#include "attend_groups.cuh"
+#include "attend_kernel.cuh"
+
+namespace {
+
+constexpr int64_t ALIGN = 256;
+constexpr int MOST_DEVICES = 64;
+
+int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
+
+struct device_facts {
+    int multiprocessors, shared_most, capability;
+};
+
+/* Of a device, asked for once. */
+cudaError_t facts_of(int device, device_facts *out) {
+    static device_facts known[MOST_DEVICES];
+    if (device < 0 || device >= MOST_DEVICES) return cudaErrorInvalidDevice;
+    if (known[device].multiprocessors == 0) {
+        device_facts found = {};
+        int major = 0, minor = 0;
+        cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+        if (error == cudaSuccess)
+            error = cudaDeviceGetAttribute(&found.shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (error == cudaSuccess)
+            error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error != cudaSuccess) return error;
+        found.capability = 10 * major + minor;
+        known[device] = found;
+    }
+    *out = known[device];
+    return cudaSuccess;
+}
+
+/* Columns of a block, and all of them rounded up to whole blocks'. */
+int columns_of_block(int64_t columns, int head_dim) {
+    return columns <= 4 ? 4 : columns <= 8 || head_dim > 128 ? 8 : 16;
+}
+
+int64_t whole_columns(int64_t columns, int head_dim) {
+    const int of_block = columns_of_block(columns, head_dim);
+    return (columns + of_block - 1) / of_block * of_block;
+}
+
+int64_t division_bytes(int64_t n, int multiprocessors) { return aligned(16 * (1 + multiprocessors + n)); }
+
+int64_t parts_bytes(int64_t columns, int head_dim, int multiprocessors) {
+    const int64_t rows = multiprocessors * whole_columns(columns, head_dim);
+    return aligned(rows * head_dim * 4) + aligned(rows * 8);
+}
+
+kvc_status check_devices(const kvc_attend_args *args) {
+    const struct {
+        const char *name;
+        const kvc_tensor *tensor;
+    } all[] = {{"queries", &args->queries},  {"out", &args->out},
+               {"arena", &args->arena},      {"table", &args->table},
+               {"lists", &args->lists},      {"workspace", &args->workspace},
+               {"mass", &args->mass},        {"new_tokens", &args->new_tokens},
+               {"division", &args->division}};
+    for (const auto &one : all) {
+        if (!kvc_given(one.tensor)) continue;
+        KVC_CHECK(one.tensor->device == KVC_CUDA, KVC_EDEVICE, "attend: %s: expected a CUDA tensor, got one on the CPU",
+                  one.name);
+        KVC_CHECK(one.tensor->device_id == args->queries.device_id, KVC_EDEVICE,
+                  "attend: %s: expected the device of queries, cuda:%d, got cuda:%d", one.name, args->queries.device_id,
+                  one.tensor->device_id);
+    }
+    return KVC_OK;
+}
+
+void strides(int64_t (&bytes)[3], const kvc_tensor *t) {
+    for (int i = 0; i < 3; i++) bytes[i] = t->strides[i] * kvc_dtype_size(t->dtype);
+}
+
+cudaError_t launch(attend_job &a, int head_dim, const device_facts &facts, cudaStream_t stream) {
+    switch (head_dim) {
+    case 64: return kvc_launch_attend_64(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 80: return kvc_launch_attend_80(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 96: return kvc_launch_attend_96(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 128: return kvc_launch_attend_128(&a, facts.multiprocessors, facts.shared_most, stream);
+    default: return kvc_launch_attend_256(&a, facts.multiprocessors, facts.shared_most, stream);
+    }
+}
+
+/* Groups of channels with scales of their own, and mass: kernels of their own, whose workspace is made EMPTY again. */
+kvc_status attend_groups(const kvc_attend_args *args, const device_facts &facts, cudaStream_t stream) {
+    const int64_t n = args->lists.shape[0], h = n / (args->queries.shape[0] ? args->queries.shape[0] : 1);
+    const int64_t group = h ? args->queries.shape[1] / h : 1;
+    const int64_t bytes =
+        kvc_attend_groups_workspace(n, group, args->queries.shape[2], args->layout.head_dim,
+                                    kvc_given(&args->mass) ? args->mass.shape[1] : 0, facts.multiprocessors);
+    KVC_TRY(kvc_expect_workspace("attend", &args->workspace, bytes));
+    cudaError_t error = kvc_attend_groups(args, args->workspace.data, facts.multiprocessors, stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(args->workspace.data, 0xff, (size_t)bytes, stream);
+    return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
+}
+
+} // namespace
+
+extern "C" int64_t kvc_attend_workspace_cuda(int64_t n, int64_t c, int64_t group, int64_t q, int32_t head_dim,
+                                             int64_t mass_tokens) {
+    (void)c;
+    int devices = 0, most = 1;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess) cudaGetLastError();
+    for (int i = 0; i < devices; i++) {
+        device_facts facts;
+        if (facts_of(i, &facts) == cudaSuccess && facts.multiprocessors > most) most = facts.multiprocessors;
+    }
+    const int64_t fast = parts_bytes(group * q, head_dim, most) + division_bytes(n, most);
+    const int64_t groups = kvc_attend_groups_workspace(n, group, q, head_dim, mass_tokens, most);
+    return fast > groups ? fast : groups;
+}
+
+extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream stream) {
+    KVC_TRY(kvc_attend_check(args));
+    KVC_TRY(check_devices(args));
+    const int device = args->queries.device_id, d = args->layout.head_dim;
+    const int64_t b = args->queries.shape[0], q = args->queries.shape[2], n = args->lists.shape[0];
+    if (b == 0 || n == 0 || q == 0 || args->queries.shape[1] == 0) return KVC_OK;
+    const int64_t heads = n / b, group = args->queries.shape[1] / heads;
+    kvc_device_scope scope(device);
+    if (scope.error != cudaSuccess) return kvc_cuda_fail("attend", scope.error);
+    device_facts facts;
+    cudaError_t error = facts_of(device, &facts);
+    if (error != cudaSuccess) return kvc_cuda_fail("attend", error);
+    KVC_CHECK(facts.capability >= KVC_LEAST_CAPABILITY, KVC_ENOTSUP,
+              "attend: device: expected compute capability %d.%d or newer, got %d.%d", KVC_LEAST_CAPABILITY / 10,
+              KVC_LEAST_CAPABILITY % 10, facts.capability / 10, facts.capability % 10);
+    if (args->layout.group != d || kvc_given(&args->mass)) return attend_groups(args, facts, (cudaStream_t)stream);
+    KVC_CHECK(group * q <= 1 << 20 && n <= INT32_MAX && args->table.shape[1] <= INT32_MAX, KVC_ESHAPE,
+              "attend: queries: expected at most 2^20 queries a KV head, got %lld", (long long)(group * q));
+    const bool divided = kvc_given(&args->division);
+    const int64_t parts = parts_bytes(group * q, d, facts.multiprocessors);
+    const int64_t own_division = divided ? 0 : division_bytes(n, facts.multiprocessors);
+    KVC_TRY(kvc_expect_workspace("attend", &args->workspace, parts + own_division));
+    char *const workspace = (char *)args->workspace.data;
+    if (divided) {
+        const int64_t words = kvc_divide_words(n, device);
+        KVC_TRY(kvc_expect_array("attend", "division", &args->division, KVC_INT32, 1, &words));
+    } else {
+        kvc_divide_args divide = {};
+        divide.divisions.data = workspace + parts;
+        divide.divisions.dtype = KVC_INT32;
+        divide.divisions.ndim = 2;
+        divide.divisions.shape[0] = divide.divisions.strides[1] = 1;
+        divide.divisions.shape[1] = divide.divisions.strides[0] = kvc_divide_words(n, device);
+        divide.divisions.device = KVC_CUDA;
+        divide.divisions.device_id = device;
+        const kvc_tensor *from[] = {&args->table, &args->lists};
+        kvc_tensor *to[] = {&divide.tables, &divide.lists};
+        for (int i = 0; i < 2; i++) { /* one layer more in front */
+            *to[i] = *from[i];
+            to[i]->ndim = 3;
+            to[i]->shape[0] = 1;
+            to[i]->strides[0] = kvc_elements(from[i]);
+            for (int axis = 0; axis < 2; axis++) {
+                to[i]->shape[1 + axis] = from[i]->shape[axis];
+                to[i]->strides[1 + axis] = from[i]->strides[axis];
+            }
+        }
+        divide.layout = args->layout;
+        KVC_TRY(kvc_divide_cuda(&divide, stream));
+    }
+    attend_job a = {};
+    a.queries = (const char *)args->queries.data;
+    a.out = (char *)args->out.data;
+    strides(a.q_stride, &args->queries);
+    strides(a.out_stride, &args->out);
+    a.arena = (const char *)args->arena.data;
+    a.arena_bytes = args->arena.shape[0];
+    a.table = (const kvc_page *)args->table.data;
+    a.lists = (const kvc_list *)args->lists.data;
+    a.new_tokens = (const int32_t *)args->new_tokens.data;
+    a.division = divided ? (const int32_t *)args->division.data : (const int32_t *)(workspace + parts);
+    a.parts = (float *)workspace;
+    a.part_sums = (float2 *)(workspace + aligned(facts.multiprocessors * whole_columns(group * q, d) * d * 4));
+    a.capacity = (int32_t)args->table.shape[1];
+    a.n = (int32_t)n;
+    a.heads = (int32_t)heads;
+    a.group = (int32_t)group;
+    a.q = (int32_t)q;
+    a.columns = (int32_t)(group * q);
+    for (int bits = 2; bits <= 16; bits++)
+        if (kvc_bits_ok(bits)) a.half_bytes[bits] = (int32_t)kvc_half_bytes(&args->layout, bits, KVC_PAGE_TOKENS);
+    a.tail_half_bytes = (int32_t)kvc_half_bytes(&args->layout, 16, KVC_TAIL_TOKENS);
+    a.q_dtype = args->queries.dtype;
+    a.out_dtype = args->out.dtype;
+    a.half = args->layout.half;
+    a.zero_point = args->layout.zero_point;
+    a.e5m3 = args->layout.scale_dtype == KVC_STEP_E5M3;
+    a.rotation = args->rotation;
+    a.early = args->early && divided && q == 1;
+    a.scale = args->scale;
+    a.softcap = args->softcap;
+    error = launch(a, d, facts, (cudaStream_t)stream);
+    if (error == cudaSuccess && !divided) /* EMPTY again: another call's partial results may lie there */
+        error = cudaMemsetAsync(workspace + parts, 0xff, (size_t)own_division, (cudaStream_t)stream);
+    return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
+}

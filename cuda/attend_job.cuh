@@ -1,0 +1,167 @@
+/* attend_job.cuh: what the attention kernel is given, its sizes, and the instructions it is made of. */
+#pragma once
+#include "common.cuh"
+#include "kvcomp/attend.h"
+#include "kvcomp/divide.h"
+#include "kvcomp/pack.h"
+
+namespace {
+
+constexpr unsigned ALL = 0xffffffffu;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float NOTHING = -1e30f; /* a maximum over no tokens */
+
+/* Weights are 2^(x - shift) with x the logit in bits; times V's scale they are fp16: at most 2^15, and 2^9 for the
+ * greatest one when the shift is chosen, so that weights 2^-33 of it are still more than zero. */
+constexpr float SHIFT_AT = 9.0f, SHIFT_MOST = 15.0f;
+
+constexpr int SLOT = 4352;      /* bytes of a copy at most: 4096 of codes, 256 of scales and zeros */
+constexpr int DRAIN_PAGES = 8;  /* the tensor cores' fp32 sums truncate: emptied into true fp32 after so many pages */
+constexpr uint32_t EMPTY = ~0u; /* a word of a partial result that is not there yet */
+
+struct attend_job {
+    const char *queries;
+    char *out;
+    int64_t q_stride[3], out_stride[3]; /* of b, hq, q in bytes */
+    const char *arena;
+    int64_t arena_bytes;
+    const kvc_page *table;
+    const kvc_list *lists;
+    const int32_t *new_tokens;
+    const int32_t *division;
+    float *parts;      /* (blocks * chunks, NQ, D): what blocks give to a list's first block */
+    float2 *part_sums; /* (blocks * chunks, NQ): shift, sum of weights */
+    int32_t capacity, n, heads, group, q, columns, chunks, slots;
+    int32_t half_bytes[17]; /* of K or V in a page of 64 tokens, by bits; 0 for bits that are no class */
+    int32_t tail_half_bytes;
+    int32_t q_dtype, out_dtype, half, zero_point, e5m3, rotation, early;
+    float scale, softcap;
+};
+
+/* Sizes for head dimension D and NQ columns: NQ queries (positions x heads of a group), each in two parts. With 4, both
+ * parts of q lie in one tile of 8 columns, and a lane's logits are those of one of two token tiles. */
+template <int D, int NQ> struct sizes {
+    static constexpr int TILES = D / 16;
+    static constexpr bool PAIR = NQ == 4;
+    static constexpr int CT = NQ == 16 ? 2 : 1;  /* column tiles of weights and sums */
+    static constexpr int QT = PAIR ? 1 : 2 * CT; /* column tiles of q */
+    static constexpr int TS = PAIR ? 2 : 4;      /* token tiles of a lane */
+    static constexpr int PITCH = D + 4;          /* floats of a row of sums in shared memory */
+    static constexpr int WARPS = 8;
+    static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
+    static constexpr int HALF_FRAGMENTS = QT * TILES * 32;
+    static constexpr int SUMS_BYTES = WARPS * NQ * PITCH * 4;
+    static constexpr int FIXED_BYTES = (CODE_FRAGMENTS + HALF_FRAGMENTS) * 8 + SUMS_BYTES + WARPS * NQ * 16 + NQ * 16;
+};
+
+/* Channel tiles of a copy, and copies of a half. P: tokens of the page. */
+template <int BITS, int P> struct piece {
+    static constexpr int TILE_BYTES = P * 16 * BITS / 8;
+    static constexpr int TILES = BITS == 2 ? 16 : BITS == 3 ? 8 : 4096 / TILE_BYTES;
+    static constexpr int BYTES = TILES * TILE_BYTES;
+};
+
+/* ---- instructions */
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                        uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                       uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* Of 16 channels only. */
+__device__ __forceinline__ void mma_u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+
+/* An 8 x 8 block of 16-bit values, transposed. */
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float log2_of(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* (w & MASK) | OR */
+template <uint32_t MASK, uint32_t OR> __device__ __forceinline__ uint32_t pick(uint32_t w) {
+    uint32_t r;
+    asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(r) : "r"(w), "n"(MASK), "n"(OR));
+    return r;
+}
+
+/* (w & MASK) | other */
+template <uint32_t MASK> __device__ __forceinline__ uint32_t pick_or(uint32_t w, uint32_t other) {
+    uint32_t r;
+    asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(r) : "r"(w), "n"(MASK), "r"(other));
+    return r;
+}
+
+__device__ __forceinline__ uint32_t half2_bits(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ uint32_t bfloat2_bits(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ float4 load_volatile(const float4 *p) {
+    float4 v;
+    asm volatile("ld.volatile.global.v4.f32 {%0,%1,%2,%3},[%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float2 load_volatile(const float2 *p) {
+    float2 v;
+    asm volatile("ld.volatile.global.v2.f32 {%0,%1},[%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+/* Programmatic dependent launch: until what the kernel before wrote may be read. */
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+} // namespace

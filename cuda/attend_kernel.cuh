@@ -1,0 +1,364 @@
+/* attend_kernel.cuh: attention over packed pages in one launch. A block works through its run of the division, list by
+ * list: queries are rotated and laid out as fragments, warps take turns at pages, their sums are merged, and lists that
+ * several blocks share are finished by the first of these, which waits for what the others write.
+ *
+ * Partial results are their own flags: words of the workspace are EMPTY (0xFFFFFFFF, a NaN that no arithmetic gives)
+ * until they are written, and again once they have been read. Blocks run in falling order of runs, so those that a
+ * block waits for have begun before it, whatever else the GPU does. */
+#pragma once
+#include "attend_page.cuh"
+
+namespace {
+
+__device__ __forceinline__ float load_element(const char *row, int i, int dtype) {
+    if (dtype == KVC_FLOAT32) return ((const float *)row)[i];
+    return kvc_cuda_half_to_float(((const uint16_t *)row)[i], dtype);
+}
+
+__device__ __forceinline__ void store_element(char *row, int i, float value, int dtype) {
+    if (dtype == KVC_FLOAT32)
+        ((float *)row)[i] = value;
+    else
+        ((uint16_t *)row)[i] = (uint16_t)kvc_cuda_floats_to_halves(value, value, dtype);
+}
+
+/* Hadamard in blocks of the largest power of two dividing D (pack.h); lane l holds channels l, l + 32, ... */
+template <int D> __device__ __forceinline__ void rotate(float (&x)[(D + 31) / 32]) {
+    constexpr int N = (D + 31) / 32, BLOCK = D & -D;
+#pragma unroll
+    for (int stride = 1; stride < BLOCK; stride *= 2) {
+        if (stride < 32) {
+            const bool low = !(threadIdx.x & stride);
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                const float other = __shfl_xor_sync(ALL, x[k], stride);
+                x[k] = low ? x[k] + other : other - x[k];
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                if (!(k & stride / 32) && k + stride / 32 < N) {
+                    const float first = x[k], second = x[(k + stride / 32) % N];
+                    x[k] = first + second;
+                    x[(k + stride / 32) % N] = first - second;
+                }
+        }
+    }
+    const float norm = rsqrtf((float)BLOCK);
+#pragma unroll
+    for (int k = 0; k < N; k++) x[k] *= norm;
+}
+
+__device__ __forceinline__ float not_empty(float x) {
+    return __float_as_uint(x) == EMPTY ? __uint_as_float(0x7fffffffu) : x;
+}
+__device__ __forceinline__ bool empty(float x) { return __float_as_uint(x) == EMPTY; }
+
+/* One query of a list: row `column` of its q * group. */
+struct query_place {
+    int sequence, head, position; /* of the query heads */
+    bool there, real;
+};
+
+__device__ __forceinline__ query_place place_of(const attend_job &a, int list, int column) {
+    query_place p;
+    p.sequence = list / a.heads;
+    p.position = column / a.group;
+    p.head = (list - p.sequence * a.heads) * a.group + column - p.position * a.group;
+    p.there = column < a.columns;
+    p.real = p.there && (!a.new_tokens || p.position >= a.q - a.new_tokens[p.sequence]);
+    return p;
+}
+
+/* Query `column`, rotated, as fragments of both kinds, its factor and its sum. info: factor, sum of q in logit units,
+ * tokens that it does not see. By one warp. */
+template <int D, int NQ>
+__device__ __forceinline__ void lay_out_query(const attend_job &a, int list, int column, int n, uint8_t *codes,
+                                              uint16_t *halves, float4 *info) {
+    using S = sizes<D, NQ>;
+    constexpr int N = (D + 31) / 32;
+    const int lane = threadIdx.x & 31;
+    const query_place place = place_of(a, list, column);
+    const char *row =
+        a.queries + place.sequence * a.q_stride[0] + place.head * a.q_stride[1] + place.position * a.q_stride[2];
+    float x[N], most = 0;
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        x[k] = place.real && lane + 32 * k < D ? load_element(row, lane + 32 * k, a.q_dtype) : 0;
+    if (a.rotation == KVC_ROTATE_HADAMARD) rotate<D>(x);
+#pragma unroll
+    for (int k = 0; k < N; k++) most = fmaxf(most, fabsf(x[k]));
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
+    bool strange = false; /* NaN or infinite: so is what comes out */
+#pragma unroll
+    for (int k = 0; k < N; k++) strange = strange || !(fabsf(x[k]) < INFINITY);
+    strange = __any_sync(ALL, strange);
+    const float to_fixed = most > 0 && !strange ? 32600.0f / most : 0.0f;
+    int sum = 0;
+    const int part = S::PAIR ? n : n & 7, tile = S::PAIR ? 0 : 2 * (n >> 3); /* of the high part */
+    const int low_part = S::PAIR ? n + 4 : n & 7, low_tile = S::PAIR ? 0 : tile + 1;
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        const int channel = lane + 32 * k;
+        if (channel >= D) continue;
+        const float scaled = x[k] * to_fixed;
+        const int fixed = __float2int_rn(scaled), high = (fixed + 128) >> 8, low = fixed - 256 * high;
+        sum += fixed;
+        const int ct = channel >> 4, quarter = channel >> 2 & 3, i = channel & 3;
+        const int pairs = (S::TILES + 1) / 2;
+        codes[((tile * pairs + (ct >> 1)) * 32 + part * 4 + quarter) * 8 + (ct & 1) * 4 + i] = (uint8_t)high;
+        codes[((low_tile * pairs + (ct >> 1)) * 32 + low_part * 4 + quarter) * 8 + (ct & 1) * 4 + i] = (uint8_t)low;
+        const float value = scaled * (1.0f / 256);
+        const uint32_t first = a.half == KVC_BFLOAT16 ? bfloat2_bits(value, 0) : half2_bits(value, 0);
+        const float rest = value - kvc_cuda_half_to_float((uint16_t)first, a.half);
+        const uint32_t second = a.half == KVC_BFLOAT16 ? bfloat2_bits(rest, 0) : half2_bits(rest, 0);
+        const int at = (i & 1) * 2 + (i >> 1);
+        halves[((tile * S::TILES + ct) * 32 + part * 4 + quarter) * 4 + at] = (uint16_t)first;
+        halves[((low_tile * S::TILES + ct) * 32 + low_part * 4 + quarter) * 4 + at] = (uint16_t)second;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+    const float unit = a.scale * (a.softcap > 0 ? 2.0f / a.softcap : 1.0f) * LOG2E;
+    const float factor = strange ? NAN : unit * most * (1.0f / 32600);
+    if (lane == 0)
+        info[n] =
+            make_float4(factor, factor * (float)sum, __int_as_float(place.there ? a.q - 1 - place.position : 0), 0);
+}
+
+/* Row `column` of the result, from sums (D) over `total`: rotated back and stored. By one warp. */
+template <int D>
+__device__ __forceinline__ void store_query(const attend_job &a, int list, int column, const float *sums, float total) {
+    constexpr int N = (D + 31) / 32;
+    const int lane = threadIdx.x & 31;
+    const query_place place = place_of(a, list, column);
+    if (!place.there) return;
+    const float by = place.real && total != 0 ? 1.0f / total : 0.0f;
+    float x[N];
+#pragma unroll
+    for (int k = 0; k < N; k++) x[k] = by != 0 && lane + 32 * k < D ? sums[lane + 32 * k] * by : 0;
+    if (a.rotation == KVC_ROTATE_HADAMARD) rotate<D>(x);
+    char *row =
+        a.out + place.sequence * a.out_stride[0] + place.head * a.out_stride[1] + place.position * a.out_stride[2];
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        if (lane + 32 * k < D) store_element(row, lane + 32 * k, x[k], a.out_dtype);
+}
+
+template <int D, int NQ>
+__global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(const __grid_constant__ attend_job a) {
+    using S = sizes<D, NQ>;
+    constexpr int WARPS = S::WARPS, THREADS = WARPS * 32;
+    extern __shared__ __align__(128) char shared[];
+    char *next = shared + WARPS * a.slots * SLOT;
+    uint2 *const code_fragments = (uint2 *)next;
+    next += S::CODE_FRAGMENTS * 8;
+    uint2 *const half_fragments = (uint2 *)next;
+    next += S::HALF_FRAGMENTS * 8;
+    float *const sums = (float *)next; /* (WARPS, NQ, PITCH) */
+    next += S::SUMS_BYTES;
+    float4 *const ends = (float4 *)next; /* (WARPS, NQ): shift, sum of weights, of zeros, 1 where there are sums */
+    next += WARPS * NQ * 16;
+    float4 *const info = (float4 *)next; /* (NQ): of lay_out_query; at last the sum of weights */
+    next += NQ * 16;
+    uint64_t *const bars = (uint64_t *)next;
+    page_note *const notes = (page_note *)(bars + WARPS * a.slots);
+
+    const int warp = threadIdx.x >> 5;
+    const int reversed = gridDim.x - 1 - blockIdx.x, block = reversed / a.chunks, chunk = reversed - block * a.chunks;
+    if (!a.early) wait_for_previous(); /* before the next may begin: it may rely on what came before this kernel */
+    let_next_begin();
+    const int4 header = *(const int4 *)a.division;
+    if (block >= header.x) return;
+    const kvc_run run = ((const kvc_run *)(a.division + 4))[block];
+    worker<D, NQ> w(a, shared + warp * a.slots * SLOT, bars + warp * a.slots, notes + warp * a.slots, warp);
+    w.code_fragments = code_fragments;
+    w.half_fragments = half_fragments;
+    w.sums = sums + warp * NQ * S::PITCH;
+    w.copies.begin(run);
+#pragma unroll 1
+    for (int i = 0; i < a.slots; i++) w.copies.request();
+    int done = 0, note_at = 0;
+    const int last = run.end_page > 0 ? run.end_list : run.end_list - 1;
+#pragma unroll 1
+    for (int list = run.first_list; list <= last; list++) {
+        if (NQ > 4 || warp < NQ)
+#pragma unroll 1
+            for (int n = warp; n < NQ; n += WARPS)
+                lay_out_query<D, NQ>(a, list, chunk * NQ + n, n, (uint8_t *)code_fragments, (uint16_t *)half_fragments,
+                                     info);
+        w.begin_list(list);
+        __syncthreads();
+#pragma unroll
+        for (int ct = 0; ct < S::CT; ct++)
+#pragma unroll
+            for (int g = 0; g < 2; g++) {
+                const float4 mine = info[w.query(ct, g)];
+                w.factor[ct][g] = mine.x;
+                w.total[ct][g] = mine.y;
+                w.hidden[ct][g] = __float_as_int(mine.z);
+            }
+#pragma unroll 1
+        while (done < w.copies.started) {
+            __syncwarp(); /* the note is lane 0's */
+            const page_note note = w.copies.notes[note_at];
+            if (note.list != list) break;
+            done++;
+            if (++note_at == a.slots) note_at = 0;
+            w.page(note);
+        }
+        /* this warp's part */
+        if (w.since_drain) w.drain();
+#pragma unroll
+        for (int ct = 0; ct < S::CT; ct++)
+#pragma unroll
+            for (int g = 0; g < 2; g++) {
+#pragma unroll
+                for (int o = S::PAIR ? 2 : 4; o < 32; o <<= 1) {
+                    w.weights[ct][g] += __shfl_xor_sync(ALL, w.weights[ct][g], o);
+                    w.zeros[ct][g] += __shfl_xor_sync(ALL, w.zeros[ct][g], o);
+                }
+                if (w.r == 0 && (!S::PAIR || w.c < 2))
+                    ends[warp * NQ + w.query(ct, g)] =
+                        make_float4(w.shift[ct][g], w.weights[ct][g], w.zeros[ct][g], w.has_sums ? 1.0f : 0.0f);
+            }
+        const kvc_share share = w.copies.shares()[list];
+        __syncthreads();
+        /* the block's part: four channels a thread */
+        const bool alone = share.blocks == 1, first = share.first_block == block;
+        w.copies.wait();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < NQ * D / 4; i += THREADS) {
+            const int n = i / (D / 4), channel = i % (D / 4) * 4;
+            float shift = NOTHING, total = 0;
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) shift = fmaxf(shift, ends[k * NQ + n].x);
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) {
+                const float4 end = ends[k * NQ + n];
+                if (end.w == 0) continue;
+                const float by = exp2_of(end.x - shift);
+                const float4 part = *(const float4 *)(sums + (k * NQ + n) * S::PITCH + channel);
+                total = fmaf(by, end.y, total);
+                sum.x = fmaf(by, part.x + end.z, sum.x);
+                sum.y = fmaf(by, part.y + end.z, sum.y);
+                sum.z = fmaf(by, part.z + end.z, sum.z);
+                sum.w = fmaf(by, part.w + end.z, sum.w);
+            }
+            if (!first) { /* to the block that finishes the list */
+                const int64_t at = (int64_t)(block * a.chunks + chunk) * NQ + n;
+                *(float4 *)(a.parts + at * D + channel) =
+                    make_float4(not_empty(sum.x), not_empty(sum.y), not_empty(sum.z), not_empty(sum.w));
+                if (channel == 0) a.part_sums[at] = make_float2(not_empty(shift), not_empty(total));
+                continue;
+            }
+            if (!alone) {
+                constexpr int AT_ONCE = 4;
+#pragma unroll 1
+                for (int k = 1; k < share.blocks; k += AT_ONCE) {
+                    float2 ends_of[AT_ONCE];
+                    float4 parts_of[AT_ONCE];
+                    bool missing;
+                    do {
+                        missing = false;
+#pragma unroll
+                        for (int j = 0; j < AT_ONCE; j++) {
+                            const int64_t from =
+                                (int64_t)((block + min(k + j, share.blocks - 1)) * a.chunks + chunk) * NQ + n;
+                            ends_of[j] = load_volatile(a.part_sums + from);
+                            parts_of[j] = load_volatile((const float4 *)(a.parts + from * D + channel));
+                        }
+#pragma unroll
+                        for (int j = 0; j < AT_ONCE; j++)
+                            missing = missing || empty(ends_of[j].x) || empty(ends_of[j].y) || empty(parts_of[j].x) ||
+                                      empty(parts_of[j].y) || empty(parts_of[j].z) || empty(parts_of[j].w);
+                    } while (missing);
+#pragma unroll
+                    for (int j = 0; j < AT_ONCE; j++) {
+                        if (k + j >= share.blocks) break;
+                        const float next_shift = fmaxf(shift, ends_of[j].x);
+                        const float mine = exp2_of(shift - next_shift), theirs = exp2_of(ends_of[j].x - next_shift);
+                        shift = next_shift;
+                        total = fmaf(theirs, ends_of[j].y, total * mine);
+                        sum.x = fmaf(theirs, parts_of[j].x, sum.x * mine);
+                        sum.y = fmaf(theirs, parts_of[j].y, sum.y * mine);
+                        sum.z = fmaf(theirs, parts_of[j].z, sum.z * mine);
+                        sum.w = fmaf(theirs, parts_of[j].w, sum.w * mine);
+                    }
+                }
+            }
+            /* warp 0's rows hold the result: each thread overwrites only what it alone has read */
+            *(float4 *)(sums + n * S::PITCH + channel) = sum;
+            if (channel == 0) info[n].w = total;
+        }
+        if (first) {
+            __syncthreads(); /* also: nobody reads partial results any more */
+            if (!alone)
+#pragma unroll 1
+                for (int i = threadIdx.x; i < (share.blocks - 1) * NQ * D / 4; i += THREADS) {
+                    const int64_t from = (int64_t)(block + 1 + i / (NQ * D / 4)) * a.chunks + chunk;
+                    const float nan = __uint_as_float(EMPTY);
+                    ((float4 *)a.parts)[from * (NQ * D / 4) + i % (NQ * D / 4)] = make_float4(nan, nan, nan, nan);
+                    if (i % (NQ * D / 4) < NQ) a.part_sums[from * NQ + i % (NQ * D / 4)] = make_float2(nan, nan);
+                }
+#pragma unroll 1
+            for (int n = warp; n < NQ; n += WARPS)
+                store_query<D>(a, list, chunk * NQ + n, sums + n * S::PITCH, info[n].w);
+        }
+    }
+}
+
+/* Copies of a warp that fit; with 16 queries it looks at all pieces of K together. */
+template <int D, int NQ> int slots_for(int shared_most) {
+    using S = sizes<D, NQ>;
+    return (shared_most - S::FIXED_BYTES - 128) / (S::WARPS * (SLOT + (int)sizeof(uint64_t) + (int)sizeof(page_note)));
+}
+
+template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    using S = sizes<D, NQ>;
+    static int prepared[64]; /* bytes that the kernel may take, by device */
+    constexpr int SLOT_BYTES = SLOT + (int)sizeof(uint64_t) + (int)sizeof(page_note);
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    a.slots = slots_for<D, NQ>(shared_most);
+    if (a.slots < 2) return cudaErrorInvalidConfiguration;
+    a.slots = a.slots > 6 ? 6 : a.slots;
+    const int bytes = S::FIXED_BYTES + a.slots * S::WARPS * SLOT_BYTES;
+    if (device >= 64 || prepared[device] < bytes) {
+        error = cudaFuncSetAttribute(attend_kernel<D, NQ>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error != cudaSuccess) return error;
+        if (device < 64) prepared[device] = bytes;
+    }
+    a.chunks = (a.columns + NQ - 1) / NQ;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks * a.chunks);
+    config.blockDim = dim3(S::WARPS * 32);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, attend_kernel<D, NQ>, a);
+}
+
+/* For D = 256 chunks have 8 queries at most: registers. Devices with little shared memory take 8 as well. */
+template <int D> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    if (a.columns <= 4) return launch_attend<D, 4>(a, blocks, shared_most, stream);
+    if constexpr (D <= 128)
+        if (a.columns > 8 && slots_for<D, 16>(shared_most) >= (D / 16 + 1) / 2)
+            return launch_attend<D, 16>(a, blocks, shared_most, stream);
+    return launch_attend<D, 8>(a, blocks, shared_most, stream);
+}
+
+} // namespace
+
+/* One a head dimension, each in a file of its own, so that they compile side by side. */
+cudaError_t kvc_launch_attend_64(void *job, int blocks, int shared_most, cudaStream_t stream);
+cudaError_t kvc_launch_attend_80(void *job, int blocks, int shared_most, cudaStream_t stream);
+cudaError_t kvc_launch_attend_96(void *job, int blocks, int shared_most, cudaStream_t stream);
+cudaError_t kvc_launch_attend_128(void *job, int blocks, int shared_most, cudaStream_t stream);
+cudaError_t kvc_launch_attend_256(void *job, int blocks, int shared_most, cudaStream_t stream);

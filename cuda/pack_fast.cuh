@@ -1,0 +1,558 @@
+/* pack_fast.cuh: pack for the common case: Hadamard rotation, one scale a row of 64, 128 or 256 16-bit channels,
+ * nearest rounding. The bytes are the general kernel's (pack.cu).
+ *
+ * Rotated rows are sums of integers below 2^24 (pack.h, step 1), exact in any order: the tensor core forms them. A warp
+ * takes 16 tokens. Rows are scaled so that their unit is the 16-bit format's least subnormal: one packed multiplication
+ * rounds two values to units. Times a Hadamard matrix of +-HIGH they are ordinary numbers again. The matrix is that of
+ * 32 channels; what is left of a rotation, 2, 4 or 8 such sums, are additions in registers.
+ *
+ * K is (tokens x channels) times the matrix, V the matrix times (channels x tokens); with the channels of an
+ * instruction in the right order, a lane's results are the 8 elements of a tile that format.h gives to this lane, so
+ * codes become words in registers. Lane 4*g + t loads 16 bytes, channels 8t .. 8t+7 of every 32, of tokens g and g + 8.
+ */
+#pragma once
+#include "pack_stage.cuh"
+#include "pack_steps.cuh"
+
+namespace {
+
+/* ---- the 16-bit formats */
+
+template <int HALF> struct format16;
+
+template <> struct format16<KVC_BFLOAT16> {
+    static constexpr uint32_t HIGH = 0x7f00; /* 2^127 */
+    static constexpr float LEAST = 0x1p-133f, SCALE = 64.0f, LARGE_FACTOR = 0x1p-100f, MOST = 0x1p127f;
+    static __device__ float2 floats(uint32_t two) {
+        return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+    }
+    static __device__ uint32_t twice(float value) {
+        const uint32_t bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+        return bits | bits << 16;
+    }
+    static __device__ __nv_bfloat162 as(uint32_t two) { return *(__nv_bfloat162 *)&two; }
+    static __device__ uint32_t bits(__nv_bfloat162 two) { return *(uint32_t *)&two; }
+    static __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+template <> struct format16<KVC_FLOAT16> {
+    static constexpr uint32_t HIGH = 0x7800; /* 2^15 */
+    static constexpr float LEAST = 0x1p-24f, SCALE = 512.0f, LARGE_FACTOR = 0x1p-8f, MOST = 0x1p15f;
+    static __device__ float2 floats(uint32_t two) { return __half22float2(as(two)); }
+    static __device__ uint32_t twice(float value) {
+        const uint32_t bits = __half_as_ushort(__float2half_rn(value));
+        return bits | bits << 16;
+    }
+    static __device__ __half2 as(uint32_t two) { return *(__half2 *)&two; }
+    static __device__ uint32_t bits(__half2 two) { return *(uint32_t *)&two; }
+    static __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+template <int HALF> __device__ uint32_t multiply(uint32_t x, uint32_t by) {
+    return format16<HALF>::bits(__hmul2(format16<HALF>::as(x), format16<HALF>::as(by)));
+}
+
+/* The larger magnitudes; the signs are anything. */
+template <int HALF> __device__ uint32_t largest(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 860
+    uint32_t most;
+    if (HALF == KVC_BFLOAT16)
+        asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    else
+        asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
+#else
+    return format16<HALF>::bits(__hmax2(__habs2(format16<HALF>::as(a)), __habs2(format16<HALF>::as(b))));
+#endif
+}
+
+__device__ uint32_t &word_of(uint4 &v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
+
+/* ---- where things lie: VALUE 0 is K, 1 is V; y[n][u][c] is element c of lane's part of an instruction n = 0, 1 */
+
+/* Tokens of a lane's results, and which one an element belongs to. */
+template <int VALUE> constexpr int SLOTS = VALUE ? 4 : 2;
+template <int VALUE> __device__ constexpr int slot(int n, int c) { return VALUE ? 2 * n + (c & 1) : c >> 1; }
+/* format.h's number of the element. */
+template <int VALUE> __device__ constexpr int element(int n, int c) {
+    return VALUE ? n + 2 * (c & 1) + 4 * (c >> 1) : 2 * n + c % 2 + 4 * (c >> 1);
+}
+
+/* Per token there is one lane (with copies) that makes its scale: the token, of 16. */
+template <int VALUE> __device__ int owned_token(int lane) {
+    return VALUE ? 2 * (lane & 3) + (lane >> 3 & 1) + 8 * (lane >> 4) : (lane >> 2) + 8 * (lane >> 1 & 1);
+}
+/* The lane that owns the token of this lane's slot. */
+template <int VALUE> __device__ int owner_of(int lane, int slot) {
+    return VALUE ? 16 * (slot >> 1) + 8 * (slot & 1) + (lane & 3) : (lane & 28) + 2 * slot;
+}
+/* Whether this lane is the one that writes for its token. */
+template <int VALUE> __device__ bool writes(int lane) { return !(lane & (VALUE ? 4 : 1)); }
+
+/* f over the lanes and slots of each token, at its owners; v is used up. f is the same in any order. */
+template <int VALUE, typename function>
+__device__ float to_owner(const float (&v)[SLOTS<VALUE>], int lane, function f) {
+    if constexpr (VALUE) {
+        const bool far = lane & 16, odd = lane & 8;
+        float two[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) two[k] = f(far ? v[2 + k] : v[k], __shfl_xor_sync(ALL, far ? v[k] : v[2 + k], 16));
+        const float one = f(odd ? two[1] : two[0], __shfl_xor_sync(ALL, odd ? two[0] : two[1], 8));
+        return f(one, __shfl_xor_sync(ALL, one, 4));
+    } else {
+        const bool far = lane & 2;
+        const float one = f(far ? v[1] : v[0], __shfl_xor_sync(ALL, far ? v[0] : v[1], 2));
+        return f(one, __shfl_xor_sync(ALL, one, 1));
+    }
+}
+
+/* The tree of pack.h's search over strides 8, 4, 2, 1, of a sum for each element, at the tokens' owners. */
+template <int VALUE> __device__ float tree_to_owner(const float (&sums)[2][4], int lane) {
+    const auto add = [](float a, float b) { return a + b; };
+    if constexpr (VALUE) {
+        float v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = sums[k >> 1][k & 1] + sums[k >> 1][2 + (k & 1)];
+        return to_owner<1>(v, lane, add);
+    } else {
+        float v[2][2];
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float both[2] = {sums[n][c], sums[n][2 + c]};
+                v[n][c] = to_owner<0>(both, lane, add);
+            }
+        return (v[0][0] + v[1][0]) + (v[0][1] + v[1][1]);
+    }
+}
+
+/* ---- rotation */
+
+/* This lane's part of the matrix of 32 channels, for the first and the second half (h) of its 8 loaded channels and
+ * even channel tiles; odd ones differ by `odd`. K uses one register of each four. */
+template <int HALF, int VALUE> struct hadamard {
+    uint32_t part[2][4], odd;
+    __device__ explicit hadamard(int lane) {
+        const int g = lane >> 2, t = lane & 3;
+        constexpr uint32_t pair = format16<HALF>::HIGH * 0x10001u, minus = 0x80008000u;
+        const uint32_t first = pair ^ (g & 1 ? 0x80000000u : 0u);
+        odd = t & 2 ? minus : 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const int bits = VALUE ? (h & g >> 2) ^ (r & t & 1) ^ (r >> 1 & g >> 1) : (h & g >> 1) ^ (t & g >> 2);
+                part[h][r] = first ^ (bits & 1 ? minus : 0);
+            }
+    }
+};
+
+/* y[n][u]: elements of channel tile 2*u (flip 0) or 2*u + 1 (flip: matrix.odd), in units of 1 / SCALE. */
+template <int TILES, int HALF, int VALUE>
+__device__ void rotate_tiles(float (&y)[2][TILES / 2][4], uint4 (&rows)[2][TILES / 2],
+                             const hadamard<HALF, VALUE> &matrix, uint32_t flip) {
+#pragma unroll
+    for (int i = 0; i < TILES / 2; i++) {
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) y[n][i][c] = 0.0f;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint32_t near[2] = {word_of(rows[0][i], 2 * h), word_of(rows[0][i], 2 * h + 1)};
+            const uint32_t far[2] = {word_of(rows[1][i], 2 * h), word_of(rows[1][i], 2 * h + 1)};
+            if constexpr (VALUE) {
+                const uint32_t a[4] = {matrix.part[h][0] ^ flip, matrix.part[h][1] ^ flip, matrix.part[h][2] ^ flip,
+                                       matrix.part[h][3] ^ flip};
+                format16<HALF>::multiply_add(y[0][i], a, near[0], near[1]);
+                format16<HALF>::multiply_add(y[1][i], a, far[0], far[1]);
+            } else {
+                const uint32_t a[4] = {near[0], far[0], near[1], far[1]}, b = matrix.part[h][0] ^ flip;
+                format16<HALF>::multiply_add(y[0][i], a, b, b);
+                format16<HALF>::multiply_add(y[1][i], a, b, b ^ 0x80008000u);
+            }
+        }
+    }
+#pragma unroll
+    for (int stride = 1; stride < TILES / 2; stride *= 2)
+#pragma unroll
+        for (int i = 0; i < TILES / 2; i++)
+            if (!(i & stride))
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        const float a = y[n][i][c], b = y[n][i + stride][c];
+                        y[n][i][c] = a + b;
+                        y[n][i + stride][c] = a - b;
+                    }
+}
+
+/* ---- rows before the rotation */
+
+/* What a lane's quad knows of the token g + 8 * (t >> 1) of its warp, and whether that is one. */
+struct token_facts {
+    row_facts row;
+    float mid;
+};
+
+/* The sum of squares of the two rows, of all channels or all but the first: pack.h, step 2. */
+template <int TILES, int HALF>
+__device__ void sum_squares(float (&out)[2], uint4 (&rows)[2][TILES / 2], bool but_first) {
+    const bool leave = but_first && (threadIdx.x & 3) == 0;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < TILES / 2; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float2 two = format16<HALF>::floats(word_of(rows[r][i], k));
+                if (i == 0 && k == 0) two.x = leave ? 0.0f : two.x;
+                sums[k >> 1] = __fmaf_rn(two.x, two.x, sums[k >> 1]);
+                sums[k >> 1] = __fmaf_rn(two.y, two.y, sums[k >> 1]);
+            }
+        out[r] = sums[0] + sums[1];
+#pragma unroll
+        for (int stride = 1; stride <= 2; stride *= 2) out[r] += __shfl_xor_sync(ALL, out[r], stride);
+    }
+}
+
+/* Gathers facts and makes the rows multiples of the format's least number, as many as y of pack.h's step 1 has. */
+template <int TILES, int HALF>
+__device__ void scale_rows(token_facts &facts, uint4 (&rows)[2][TILES / 2], bool with_squares, bool zero_point) {
+    using format = format16<HALF>;
+    const bool far = threadIdx.x & 2;
+    if (with_squares) {
+        float squares[2];
+        sum_squares<TILES, HALF>(squares, rows, zero_point);
+        facts.row.squares = far ? squares[1] : squares[0];
+    }
+    uint32_t most[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < TILES / 2; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) most[r] = largest<HALF>(word_of(rows[r][i], k), most[r]);
+    uint32_t both = largest<HALF>(__byte_perm(most[0], most[1], 0x5410), __byte_perm(most[0], most[1], 0x7632));
+#pragma unroll
+    for (int stride = 1; stride <= 2; stride *= 2) both = largest<HALF>(__shfl_xor_sync(ALL, both, stride), both);
+    const float2 rows_most = format::floats(both & 0x7fff7fffu);
+    const uint32_t firsts = __shfl_sync(ALL, __byte_perm(rows[0][0].x, rows[1][0].x, 0x5410), threadIdx.x & 28);
+    const float2 rows_first = format::floats(firsts);
+    const float largest_of_row = fminf(far ? rows_most.y : rows_most.x, 0x1p96f);
+    const float unit = kvc_row_unit(largest_of_row), inverse = kvc_power_inverse(unit);
+    facts.row.first = fminf(fmaxf(far ? rows_first.y : rows_first.x, -0x1p96f), 0x1p96f);
+    facts.row.first_unit = facts.row.first * inverse;
+    facts.row.factor = unit * block_norm<TILES>();
+    float factor = inverse * format::LEAST;
+    const bool large = largest_of_row >= 32768.0f; /* the factor is less than the format's least number */
+    if (__any_sync(ALL, large)) {
+        const uint32_t mine = format::twice(large ? format::LARGE_FACTOR : 1.0f);
+        const uint32_t other = __shfl_xor_sync(ALL, mine, 2);
+        factor = large ? inverse * (format::LEAST / format::LARGE_FACTOR) : factor;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < TILES / 2; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint32_t &x = word_of(rows[r][i], k);
+                    if (HALF == KVC_BFLOAT16) {
+                        const uint32_t limit = format::twice(0x1p96f);
+                        x = format::bits(
+                            __hmin2(__hmax2(format::as(x), format::as(limit ^ 0x80008000u)), format::as(limit)));
+                    }
+                    x = multiply<HALF>(x, r == (int)far ? mine : other);
+                }
+    }
+    const uint32_t mine = format::twice(fminf(factor, format::MOST)); /* rows of zeros */
+    const uint32_t other = __shfl_xor_sync(ALL, mine, 2);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < TILES / 2; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                uint32_t &x = word_of(rows[r][i], k);
+                x = multiply<HALF>(x, r == (int)far ? mine : other);
+            }
+}
+
+/* ---- codes */
+
+__device__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+/* A lane's 8 codes of a tile: in nibbles, where 4-bit words have them, or (EIGHT) in bytes, e = 4.. in the second word.
+ */
+template <int TILES, int VALUE, bool EIGHT>
+__device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4], const float (&slope)[SLOTS<VALUE>],
+                             const float (&offset)[SLOTS<VALUE>], float most) {
+#pragma unroll
+    for (int u = 0; u < TILES / 2; u++) {
+        uint32_t code[8];
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const int k = slot<VALUE>(n, c);
+                code[element<VALUE>(n, c)] = __float_as_uint(code_of(__fmaf_rn(y[n][u][c], slope[k], offset[k]), most));
+            }
+        if (EIGHT) {
+            plane[64 * u] = low_bytes(code[0], code[1], code[2], code[3]);
+            plane[64 * u + STAGE_TILES * 32 * TILES] = low_bytes(code[4], code[5], code[6], code[7]);
+        } else {
+            plane[64 * u] = low_bytes(code[0] + (code[4] << 4), code[1] + (code[5] << 4), code[2] + (code[6] << 4),
+                                      code[3] + (code[7] << 4));
+        }
+    }
+}
+
+/* Words of a page from the tiles' words: [tile (8 bits: tile, then tile + 4)][channel tile][lane]. */
+template <int TILES> __device__ void write_tile_words(uint32_t *words, const uint32_t *stage, int bits, int value) {
+    constexpr int STEP = 32 * TILES;
+    const int turn = kvc_turn(value, bits);
+#pragma unroll
+    for (int at = threadIdx.x; at < STEP; at += THREADS) {
+        uint32_t w[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) w[t] = stage[t * STEP + at];
+        uint32_t *to = words + kvc_word_index(bits, KVC_PAGE_TOKENS, at / 32, at % 32, 0);
+        if (bits == 4) {
+#pragma unroll
+            for (int t = 0; t < 4; t++) w[t] = __funnelshift_l(w[t], w[t], turn);
+            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+        } else if (bits == 8) {
+            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+            *(uint4 *)(to + 128) =
+                make_uint4(stage[4 * STEP + at], stage[5 * STEP + at], stage[6 * STEP + at], stage[7 * STEP + at]);
+        } else {
+            constexpr uint32_t low = 0x33333333u, high = 0x11111111u;
+            const uint32_t a = (w[0] & low) | (w[1] & low) << 2, b = (w[2] & low) | (w[3] & low) << 2;
+            *(uint2 *)to = make_uint2(__funnelshift_l(a, a, turn), __funnelshift_l(b, b, turn));
+            if (bits == 3)
+                words[kvc_word_index(3, KVC_PAGE_TOKENS, at / 32, at % 32, 2)] =
+                    (w[0] >> 2 & high) | (w[1] >> 1 & high << 1) | (w[2] & high << 2) | (w[3] << 1 & high << 3);
+        }
+    }
+}
+
+/* ---- one half of a page, but for the last step: words from the stage, after a barrier */
+
+/* Search keeps rotated rows in registers, where they fit; the others rotate again for each pass. */
+template <int TILES, bool SEARCH> constexpr bool HOLD = SEARCH && TILES <= 8;
+
+template <int TILES, int HALF, bool SEARCH, int VALUE>
+__device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const job &it, const int (&tokens)[2]) {
+    constexpr int CHANNELS = TILES * KVC_TILE;
+    constexpr float SCALE = format16<HALF>::SCALE;
+    const int lane = threadIdx.x & 31, tile = threadIdx.x / 32, bits = it.bits;
+    const float mid = kvc_mid(bits), most = 2.0f * mid;
+    const bool zero_point = a.layout.zero_point;
+    uint4 rows[2][TILES / 2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const uint4 *in = (const uint4 *)(it.base + tokens[r] * it.stride) + (lane & 3);
+#pragma unroll
+        for (int i = 0; i < TILES / 2; i++) rows[r][i] = tokens[r] >= 0 ? __ldcs(in + 4 * i) : make_uint4(0, 0, 0, 0);
+    }
+    const bool range = SEARCH || a.scale == KVC_SCALE_MINMAX || bits >= 8;
+    const bool sigma = SEARCH ? kvc_search_sigma(bits, CHANNELS) : !range;
+    token_facts facts;
+    scale_rows<TILES, HALF>(facts, rows, sigma, zero_point);
+    facts.mid = tokens[lane >> 1 & 1] >= 0 ? mid : 0.0f;
+    if (VALUE) { /* from the quad that loaded the token to the lanes that own it */
+        const int token = owned_token<1>(lane), from = 4 * (token & 7) + (token >> 3) * 2;
+        facts.mid = __shfl_sync(ALL, facts.mid, from);
+        facts.row.factor = __shfl_sync(ALL, facts.row.factor, from);
+        facts.row.first = __shfl_sync(ALL, facts.row.first, from);
+        if (SEARCH) facts.row.first_unit = __shfl_sync(ALL, facts.row.first_unit, from);
+        if (sigma) facts.row.squares = __shfl_sync(ALL, facts.row.squares, from);
+    }
+    facts.row.factor *= SCALE; /* as y */
+
+    const hadamard<HALF, VALUE> matrix(lane);
+    float held[HOLD<TILES, SEARCH> ? 2 : 1][2][TILES / 2][4];
+    if constexpr (HOLD<TILES, SEARCH>) {
+        rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, 0);
+        rotate_tiles<TILES, HALF, VALUE>(held[1], rows, matrix, matrix.odd);
+    }
+    const auto each_y = [&](auto visit) { /* visit(odd, y) */
+                                          if constexpr (HOLD<TILES, SEARCH>) {
+                                              visit(0, held[0]);
+                                              visit(1, held[1]);
+                                          } else {
+#pragma unroll 1
+                                              for (int odd = 0; odd < 2; odd++) {
+                                                  rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix,
+                                                                                   odd ? matrix.odd : 0);
+                                                  visit(odd, held[0]);
+                                              }
+                                          }
+    };
+    /* At every owner: the line that makes codes; at every lane: those of its slots. */
+    float slope[SLOTS<VALUE>], offset[SLOTS<VALUE>];
+    const grouping whole = {};
+    const auto spread_line = [&](const affine<1> &scales, float mid) {
+        const line<1> at = encoder<1>(scales, whole, facts.row.factor).at(mid, most);
+#pragma unroll
+        for (int k = 0; k < SLOTS<VALUE>; k++) {
+            slope[k] = __shfl_sync(ALL, at.slope[0], owner_of<VALUE>(lane, k));
+            offset[k] = __shfl_sync(ALL, at.offset[0], owner_of<VALUE>(lane, k));
+        }
+    };
+    affine<1> scales;
+    if (range) {
+        float low[SLOTS<VALUE>], high[SLOTS<VALUE>];
+#pragma unroll
+        for (int k = 0; k < SLOTS<VALUE>; k++) low[k] = INFINITY, high[k] = -INFINITY;
+        each_y([&](int, const float (&y)[2][TILES / 2][4]) {
+#pragma unroll
+            for (int u = 0; u < TILES / 2; u++)
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        const int k = slot<VALUE>(n, c);
+                        low[k] = fminf(low[k], y[n][u][c]);
+                        high[k] = fmaxf(high[k], y[n][u][c]);
+                    }
+        });
+        /* No negative zeros, whatever the tensor core's are. */
+        const float least = to_owner<VALUE>(low, lane, [](float a, float b) { return fminf(a, b); }) + 0.0f;
+        const float greatest = to_owner<VALUE>(high, lane, [](float a, float b) { return fmaxf(a, b); }) + 0.0f;
+        minmax_step(scales.scale[0], scales.zero[0], least, greatest, facts.row.factor, bits, zero_point);
+    } else {
+        sigma_of_facts<TILES>(scales.scale[0], scales.zero[0], facts.row, bits, zero_point);
+    }
+    if constexpr (SEARCH) {
+        float other[2] = {INFINITY, 0.0f};
+        if (sigma) sigma_of_facts<TILES>(other[0], other[1], facts.row, bits, zero_point);
+        search_start(scales.scale[0], scales.zero[0], other, sigma, bits, CHANNELS, zero_point);
+        round_to_stored<LAYOUT_STEP>(scales, whole, a.layout);
+        spread_line(scales, mid);
+        const float half = (float)(1 << (bits - 1));
+        float k[SLOTS<VALUE>] = {}, kk[SLOTS<VALUE>] = {}, sums[2][4] = {};
+        each_y([&](int, const float (&y)[2][TILES / 2][4]) {
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    const int at = slot<VALUE>(n, c);
+                    float chain = 0.0f;
+#pragma unroll
+                    for (int u = 0; u < TILES / 2; u++) {
+                        const float v = __fmaf_rn(y[n][u][c], slope[at], offset[at]);
+                        const float code = code_of(v, most) - (MAGIC + half);
+                        k[at] += code;
+                        kk[at] = __fmaf_rn(code, code, kk[at]);
+                        chain = __fmaf_rn(code, y[n][u][c], chain);
+                    }
+                    sums[n][c] += chain;
+                }
+        });
+        const auto add = [](float a, float b) { return a + b; };
+        const float sum_k = to_owner<VALUE>(k, lane, add), sum_kk = to_owner<VALUE>(kk, lane, add);
+        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane),
+              facts.row.first_unit * (1.0f / SCALE), (float)CHANNELS, facts.row.factor, true);
+    }
+    round_to_stored<LAYOUT_STEP>(scales, whole, a.layout);
+    spread_line(scales, facts.mid);
+    if (writes<VALUE>(lane)) {
+        const int row = KVC_TILE * tile + owned_token<VALUE>(lane);
+        uint8_t *to = it.scales + kvc_scale_offset(&a.layout, KVC_PAGE_TOKENS, 0, row);
+        if (a.layout.scale_dtype == KVC_STEP_E5M3)
+            put_step<KVC_STEP_E5M3>(to, scales.scale[0], scales.zero[0], zero_point);
+        else
+            put_step<KVC_STEP_FP16>(to, scales.scale[0], scales.zero[0], zero_point);
+    }
+    uint32_t *plane = stage + tile * 32 * TILES + lane;
+    if (bits == 8)
+        each_y([&](int odd, const float (&y)[2][TILES / 2][4]) {
+            encode_tiles<TILES, VALUE, true>(plane + 32 * odd, y, slope, offset, most);
+        });
+    else
+        each_y([&](int odd, const float (&y)[2][TILES / 2][4]) {
+            encode_tiles<TILES, VALUE, false>(plane + 32 * odd, y, slope, offset, most);
+        });
+}
+
+constexpr int fast_blocks(int tiles, bool search) {
+    if (search) return tiles == 4 ? 5 : tiles == 8 ? 4 : 3;
+    return tiles == 4 ? 7 : tiles == 8 ? 5 : 3;
+}
+
+template <int TILES, int HALF, bool SEARCH>
+__global__ void __launch_bounds__(THREADS, fast_blocks(TILES, SEARCH))
+    pack_fast_kernel(const __grid_constant__ call a) {
+    constexpr int HALF_STAGE = 2 * STAGE_TILES * 32 * TILES; /* words of 8-bit codes */
+    __shared__ uint4 stage[2 * HALF_STAGE / 4];
+    job it;
+    if (!take_job(a, &it, 0)) return;
+    int tokens[2]; /* -1: none */
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = threadIdx.x / 32 * KVC_TILE + (threadIdx.x >> 2 & 7) + 8 * r;
+        tokens[r] = row < it.page.tokens ? it.tokens[row] : -1;
+        if (tokens[r] >= a.s) tokens[r] = -1;
+    }
+#pragma unroll 1
+    for (int value = 0; value < 2; value++) {
+        uint32_t *own = (uint32_t *)stage + (value ? HALF_STAGE : 0);
+        if (value) take_half(a, &it, 1);
+        if (it.bits == 16) {
+            if (value) __syncthreads(); /* K's words have been read */
+            pack_sixteen<TILES>(stage, a, it);
+            if (!value) __syncthreads();
+            continue;
+        }
+        if (value)
+            pack_half<TILES, HALF, SEARCH, 1>(own, a, it, tokens);
+        else
+            pack_half<TILES, HALF, SEARCH, 0>(own, a, it, tokens);
+        __syncthreads();
+        write_tile_words<TILES>(it.words, own, it.bits, value);
+    }
+    if (a.layout.scale_dtype == KVC_STEP_E5M3) clear_padding(a, it);
+}
+
+/* ---- launches */
+
+/* Whether the kernel above takes this call. Symmetric layouts search in the general one: they sum y too. */
+bool takes_fast(const call &a) {
+    uint64_t bits = 0;
+    for (const rows &half : a.half)
+        bits |= (uintptr_t)half.data | (uint64_t)half.b | (uint64_t)half.h | (uint64_t)half.s;
+    const int d = a.layout.head_dim;
+    return a.rotation == KVC_ROTATE_HADAMARD && !a.stochastic && a.half[0].dtype != KVC_FLOAT32 && bits % 16 == 0 &&
+           a.layout.group == d && (d & (d - 1)) == 0 && (a.layout.zero_point || a.scale != KVC_SCALE_SEARCH);
+}
+
+template <int TILES, int HALF> void launch_fast(int n, const call &a, cudaStream_t stream) {
+    if (a.scale == KVC_SCALE_SEARCH)
+        pack_fast_kernel<TILES, HALF, true><<<n, THREADS, 0, stream>>>(a);
+    else
+        pack_fast_kernel<TILES, HALF, false><<<n, THREADS, 0, stream>>>(a);
+}
+
+template <int TILES> cudaError_t launch_fast(int n, const call &a, cudaStream_t stream) {
+    if (a.half[0].dtype == KVC_BFLOAT16)
+        launch_fast<TILES, KVC_BFLOAT16>(n, a, stream);
+    else
+        launch_fast<TILES, KVC_FLOAT16>(n, a, stream);
+    return cudaGetLastError();
+}
+
+} // namespace

@@ -1,0 +1,245 @@
+"""Tables of what was measured on a GPU: attend beside torch's attentions, decode beside transformers' caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .report import NOTHING, Results, Row
+
+_NAMES = {4096: "4k", 32768: "32k", 131072: "128k"}
+_USUAL = {"q_heads": 32, "kv_heads": 8, "d": 128, "q": 1}
+_KNOWN = {"b", "s", *_USUAL, "k_bits", "v_bits", "device"}
+_PARTS = ("attend", "append", "divide", "attention", "linear")
+
+
+def attend_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per batch and length of the usual shape: torch's best and every width in microseconds."""
+    return _by_width(
+        found,
+        "µs",
+        lambda cell: f"{cell['median_us']:.1f}" + ("" if _met(cell) is None else _target(cell)),
+        lambda cell: f"{cell['median_us']:.1f} ({_short(cell['impl'])})",
+    )
+
+
+def gain_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same cells: torch's best time over kvcomp's."""
+    return _by_width(
+        found,
+        "times faster than torch's best",
+        lambda cell: f"{cell['times_torch']:.2f}×" if "times_torch" in cell else NOTHING,
+        lambda cell: f"{cell['median_us']:.1f} µs",
+    )
+
+
+def rate_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same cells: GB/s, and percent of the fastest read of that run."""
+    return _by_width(found, "GB/s (of the read rate)", _rate, _rate)
+
+
+def more_rows(found: Results) -> tuple[Row, list[Row]]:
+    """Mixed pages, and other shapes, layouts and numbers of new tokens."""
+    rows: list[Row] = []
+    for cell in found["cells"]:
+        if cell["impl"] != "kvcomp" or _is_usual(cell["case"]):
+            continue
+        uniform = cell.get("times_uniform")
+        rows.append((
+            _case(cell["case"]),
+            _bits(cell["case"]),
+            f"{cell['median_us']:.1f}",
+            _rate(cell),
+            f"{cell['times_torch']:.2f}×" if "times_torch" in cell else NOTHING,
+            NOTHING if uniform is None else f"{uniform:.3f} (at most {cell['target_ratio']:g})",
+            _error(cell),
+        ))  # fmt: skip
+    header = ("", "K / V bits", "µs", "GB/s (of the read rate)", "faster than torch's best",
+              "time of uniform pages of as many bytes", "error")  # fmt: skip
+    return header, rows
+
+
+def rival_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per form of torch's attention, one column per batch and length; then the ceilings of that run."""
+    rivals = [cell for cell in found["cells"] if _is_rival(cell) and _is_usual(cell["case"])]
+    absent = {(entry["impl"], _where(entry["case"])) for entry in found.get("absent", ())}
+    places = list(dict.fromkeys(_where(cell["case"]) for cell in rivals))
+    times = {(cell["impl"], _where(cell["case"])): f"{cell['median_us']:.1f}" for cell in rivals}
+    rows: list[Row] = [
+        (impl, *(times.get((impl, place), "not run" if (impl, place) in absent else NOTHING) for place in places))
+        for impl in dict.fromkeys([cell["impl"] for cell in rivals] + [entry["impl"] for entry in found["absent"]])
+    ]
+    return ("µs, bf16", *places), rows
+
+
+def ceiling_rows(found: Results) -> tuple[Row, list[Row]]:
+    """What reading alone reaches in that run, and what one call from Python costs."""
+    rows: list[Row] = [
+        (f"{cell['impl']}, {cell['bytes'] / 1e9:.1f} GB", f"{cell['gb_per_s']:.0f} GB/s")
+        for cell in found["cells"]
+        if cell.get("role") == "ceiling"
+    ]
+    for name, label in (
+        ("host_us", "a call of attend from Python"),
+        ("host_without_division_us", "the same, dividing by itself"),
+        ("torch_add_us", "a call of torch.add, for comparison"),
+        ("kernel_us", "attend's kernel over one page"),
+    ):
+        if name in found.get("call_cost", {}):
+            rows.append((label, f"{found['call_cost'][name]:.2f} µs"))
+    return ("", "measured"), rows
+
+
+def decode_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per cell of a results object of kind ``decode``; times faster than the best plain cache there."""
+    best: dict[tuple[Any, ...], float] = {}
+    for cell in found["cells"]:
+        if cell["impl"] != "kvcomp" and cell["case"]["k_bits"] == 16:
+            place = _decode_place(cell)
+            best[place] = min(cell["tpot_ms"], best.get(place, cell["tpot_ms"]))
+    rows: list[Row] = []
+    for cell in found["cells"]:
+        plain = best.get(_decode_place(cell)) if cell["impl"] == "kvcomp" else None
+        rows.append((
+            cell["impl"],
+            f"B{cell['case']['b']}/{_length(cell['case']['s'])}",
+            str(cell["case"]["k_bits"]),
+            f"{cell['ttft_ms']:.0f} ms",
+            f"{cell['tpot_ms']:.2f} ms",
+            NOTHING if plain is None else f"{plain / cell['tpot_ms']:.2f}×",
+            f"{cell['tokens_per_s']:.0f}",
+            f"{cell['kv_bytes'] / 1e9:.2f} GB",
+            NOTHING if cell.get("peak_bytes") is None else f"{cell['peak_bytes'] / 1e9:.1f} GB",
+        ))  # fmt: skip
+    for name, reason in found.get("not_measured", {}).items():
+        rows.append((name, *[NOTHING] * 7, "out of memory" if reason.startswith("out of memory") else "not run"))
+    header = ("cache", "", "bits", "first token", "a token", "faster than the best plain", "tokens/s", "KV cache",
+              "peak memory")  # fmt: skip
+    return header, rows
+
+
+def share_rows(found: Results) -> tuple[Row, list[Row]]:
+    """Where a decode step's milliseconds go, of the cells that were profiled."""
+    rows: list[Row] = []
+    for cell in found["cells"]:
+        shares = cell.get("shares")
+        if not shares:
+            continue
+        kinds = shares["kernels_ms"]
+        other = sum(taken for kind, taken in kinds.items() if kind not in _PARTS)
+        where = f"{cell['impl']}, B{cell['case']['b']}/{_length(cell['case']['s'])}, {cell['case']['k_bits']} bits"
+        parts = [*(kinds.get(kind, 0.0) for kind in _PARTS), other, shares["idle_ms"], shares["step_ms"]]
+        rows.append((where, *(f"{taken:.2f}" if taken else NOTHING for taken in parts)))
+    return ("ms of a step", *_PARTS, "other kernels", "no kernel", "all"), rows
+
+
+def _decode_place(cell: Results) -> tuple[Any, ...]:
+    return tuple(cell["case"].get(name) for name in ("model", "b", "s"))
+
+
+def _by_width(
+    found: Results, title: str, show: Callable[[Results], str], show_rival: Callable[[Results], str]
+) -> tuple[Row, list[Row]]:
+    """Rows of the usual shape, a column for torch's fastest and one for each number of bits of K and V."""
+    usual = [cell for cell in found["cells"] if "k_bits" in cell["case"] and _is_usual(cell["case"])]
+    ours = {
+        (_where(cell["case"]), cell["case"]["k_bits"]): cell
+        for cell in usual
+        if cell["impl"] == "kvcomp" and cell["case"]["k_bits"] == cell["case"]["v_bits"]
+    }
+    rivals: dict[str, Results] = {}
+    for cell in filter(_is_rival, usual):
+        place = _where(cell["case"])
+        if place not in rivals or cell["median_us"] < rivals[place]["median_us"]:
+            rivals[place] = cell
+    widths = list(dict.fromkeys(bits for _, bits in ours))
+    places = list(dict.fromkeys([place for place, _ in ours] + list(rivals)))
+    rows: list[Row] = [
+        (
+            place,
+            show_rival(rivals[place]) if place in rivals else NOTHING,
+            *(show(ours[place, bits]) if (place, bits) in ours else NOTHING for bits in widths),
+        )
+        for place in places
+    ]
+    return (title, "torch's best, bf16", *(f"{bits} bit" for bits in widths)), rows
+
+
+def _is_rival(cell: Results) -> bool:
+    return str(cell["impl"]).startswith("torch ") and cell.get("role") != "ceiling"
+
+
+def _is_usual(case: Mapping[str, Any]) -> bool:
+    """The shape of the main table: nothing but batch, length and equal bits of K and V varies."""
+    return (
+        all(case.get(name, usual) == usual for name, usual in _USUAL.items())
+        and case.get("k_bits") != "mixed"
+        and case.get("k_bits") == case.get("v_bits")
+        and not set(case) - _KNOWN
+    )
+
+
+def _length(tokens: int) -> str:
+    return _NAMES.get(tokens, str(tokens))
+
+
+def _where(case: Mapping[str, Any]) -> str:
+    return f"B{case['b']}/{_length(case['s'])}"
+
+
+def _case(case: Mapping[str, Any]) -> str:
+    """What differs from the usual shape, in words."""
+    parts = [_where(case)]
+    if (case["q_heads"], case["kv_heads"]) != (_USUAL["q_heads"], _USUAL["kv_heads"]):
+        parts.append(f"{case['q_heads']} / {case['kv_heads']} heads")
+    if case["d"] != _USUAL["d"]:
+        parts.append(f"d {case['d']}")
+    if case["q"] != _USUAL["q"]:
+        parts.append(f"{case['q']} new tokens")
+    words = {
+        "tail_tokens": "{} of them in a 16-bit tail",
+        "scales": "scales: {}",
+        "beside": "the bytes of the {} lists",
+        "mean_tokens": "",
+    }
+    for name in sorted(set(case) - _KNOWN):
+        said = words.get(name, f"{name} {{}}").format(case[name])
+        parts += [said] if said else []
+    return ", ".join(parts)
+
+
+def _bits(case: Mapping[str, Any]) -> str:
+    return "mixed, ragged" if case["k_bits"] == "mixed" else f"{case['k_bits']} / {case['v_bits']}"
+
+
+def _short(impl: str) -> str:
+    """The backend of a rival's name."""
+    return impl.removeprefix("torch sdpa ").removeprefix("torch ").split(",")[0]
+
+
+def _met(cell: Results) -> bool | None:
+    return None if "target_us" not in cell else bool(cell["median_us"] <= cell["target_us"])
+
+
+def _target(cell: Results) -> str:
+    return f" (≤ {cell['target_us']:g}{'' if _met(cell) else ', missed'})"
+
+
+def _rate(cell: Results) -> str:
+    return f"{cell['gb_per_s']:.0f} ({100 * cell['fraction_of_peak']:.0f} %)"
+
+
+def _error(cell: Results) -> str:
+    return f"{cell['error']['value']:.1e}"
+
+
+ROWS = {
+    "attend_gpu": attend_rows,
+    "attend_gpu_gain": gain_rows,
+    "attend_gpu_rates": rate_rows,
+    "attend_gpu_more": more_rows,
+    "attend_gpu_rivals": rival_rows,
+    "attend_gpu_ceilings": ceiling_rows,
+    "decode": decode_rows,
+    "decode_shares": share_rows,
+}

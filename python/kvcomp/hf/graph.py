@@ -1,0 +1,213 @@
+"""Decode steps inside kvcomp.compress: each recorded once as a CUDA graph, with decoder layers compiled where asked
+for, and replayed from then on. What cannot be recorded runs as it always did.
+
+A step of a new kind (another cache, batch, arguments; tensors that moved) runs as it is, which is also what readies
+libraries and compilers; the second one of its kind is recorded, which runs nothing, and replayed, as are all later
+ones. A step that observes attention is a kind of its own (kvcomp.store_cuda)."""
+
+import gc
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .step import Parts, Step, compiled_layer, step_of, stepping
+
+Compile = bool | Literal["auto"] | dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    output: Any
+
+
+class _Kinds:
+    """The kinds of steps of one packed cache: those that have run, and those that are recorded."""
+
+    def __init__(self) -> None:
+        self.generation: Any = None
+        self.run: set[Any] = set()
+        self.recorded: dict[Any, _Recording] = {}
+
+    def at(self, generation: Any) -> None:
+        """What was recorded before tensors moved is worth nothing."""
+        if generation != self.generation:
+            self.generation = generation
+            self.run.clear()
+            self.recorded.clear()
+
+
+class Steps:
+    """Runs the decode steps of one model.
+
+    forward: the model's own. graphs: record steps over caches on a GPU (KVCOMP_GRAPHS=0 in the environment: never).
+    compile: compile decoder layers: True, or "auto": on a GPU, and left alone where it fails; or options of
+        torch.compile.
+    """
+
+    def __init__(
+        self, model: Any, config: Any, layers: int, forward: Callable[..., Any], graphs: bool, compile: Compile
+    ) -> None:
+        self._model, self._config, self._layers, self._forward = model, config, layers, forward
+        self._graphs = graphs and os.environ.get("KVCOMP_GRAPHS", "1") != "0"
+        self._compile = compile
+        self._compiled: Callable[..., Any] | None = None
+        self._parts: Parts | None = None
+        self._kinds: weakref.WeakKeyDictionary[Any, _Kinds] = weakref.WeakKeyDictionary()
+        self._side: torch.cuda.Stream | None = None
+        self.replays = 0
+
+    def run(self, given: dict[str, Any]) -> Any:
+        """The output of a forward pass with these arguments; None: it is not for here."""
+        step = step_of(given)
+        if step is None or self._model.training or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        state, device = step.cache._state, step.tensors["input_ids"].device
+        packed = state.packed
+        assert packed is not None
+        graphs = self._graphs and packed.stacked is not None
+        compiles = self._compiles(device)
+        if not (graphs or compiles) or state.config is not self._config:
+            return None
+        if (device.type == "cuda") != (packed.arena.device >= 0):
+            return None  # a cache from a file, which is not where the model is yet
+        if packed.stacked is None and packed.hold_bytes is not None:  # room is made layer by layer
+            return None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        if self._parts is None or self._parts.hooks_changed:
+            self._parts = Parts(self._model, self._config, self._layers)
+            self._kinds.clear()
+        parts = self._parts
+        if (
+            not parts.usable
+            or parts.device != device
+            or not state.takes_step(len(step.tensors["input_ids"]), step.mask)
+        ):
+            return None
+        compiled = self._layer_function() if compiles and parts.decoders else None
+        if packed.stacked is None:
+            return self._eager(step, parts, compiled)
+        packed.stacked.begin_step(1, None)
+        if not graphs or parts.positions_on_host:
+            return self._eager(step, parts, compiled)
+        return self._recorded(step, parts, compiled)
+
+    def _compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self._compile == "auto" else bool(self._compile)
+
+    def _layer_function(self) -> Callable[..., Any] | None:
+        if self._compiled is None:
+            self._compiled = compiled_layer(self._compile if isinstance(self._compile, dict) else None)
+        return self._compiled
+
+    # ---- as it is
+
+    def _eager(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+        """The step, run now."""
+        state = step.cache._state
+        try:
+            try:
+                with stepping(parts, step.cache, compiled):
+                    out = self._call(step, step.tensors)
+            except Exception as error:
+                if compiled is None or self._compile != "auto" or state.step_began():
+                    raise
+                self._compile = False
+                warnings.warn(f"compress: compile: decoder layers run as they are: {_first_line(error)}", stacklevel=2)
+                with stepping(parts, step.cache, None):
+                    out = self._call(step, step.tensors)
+        except BaseException:
+            state.step_failed()
+            raise
+        state.step_done()
+        return out
+
+    def _call(self, step: Step, tensors: dict[str, torch.Tensor]) -> Any:
+        return self._forward(**tensors, **step.settings, past_key_values=step.cache, use_cache=True)
+
+    # ---- recorded
+
+    def _recorded(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+        """The step replayed; recorded before, where it is the second of its kind; as it is, where it is the first."""
+        state = step.cache._state
+        assert state.packed is not None and state.packed.stacked is not None
+        stacked = state.packed.stacked
+        kinds = self._kinds.setdefault(state.packed, _Kinds())
+        key = stacked.step_key()
+        kinds.at((key[0], parts.addresses))
+        kind = (key, step.shapes, compiled is not None)
+        recording = kinds.recorded.get(kind)
+        if recording is None and kind in kinds.run:
+            try:
+                recording = kinds.recorded[kind] = self._record(step, parts, compiled)
+            except Exception as error:  # nothing has run yet
+                self._graphs = False
+                warnings.warn(f"compress: graphs: steps run as they are: {_first_line(error)}", stacklevel=2)
+        if recording is None:
+            kinds.run.add(kind)
+            return self._on_side(lambda: self._eager(step, parts, compiled))
+        try:
+            for name, value in step.tensors.items():
+                recording.inputs[name].copy_(value)
+            recording.graph.replay()
+        except BaseException:
+            state.step_failed()
+            raise
+        stacked.replayed()
+        self.replays += 1
+        state.step_done()
+        return _copied(recording.output)
+
+    def _record(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> _Recording:
+        packed = step.cache._state.packed
+        assert packed is not None and packed.stacked is not None
+        inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in step.tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+
+        def record() -> Any:
+            # What the collector might free here frees memory of the device, and a recording may not.
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    return self._call(step, inputs)
+                finally:
+                    graph.capture_end()
+            finally:
+                if collects:
+                    gc.enable()
+
+        with packed.stacked.capture(), stepping(parts, step.cache, compiled):
+            return _Recording(graph, inputs, self._on_side(record))
+
+    def _on_side(self, work: Callable[[], Any]) -> Any:
+        """`work` on a stream of this object's own, which is the one that steps are recorded on: what libraries keep for
+        each stream is there by then."""
+        current = torch.cuda.current_stream()
+        if self._side is None or self._side.device != current.device:
+            self._side = torch.cuda.Stream(current.device)  # type: ignore[no-untyped-call]
+        self._side.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._side):
+                return work()
+        finally:
+            current.wait_stream(self._side)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _copied(output: Any) -> Any:
+    """A model's output with copies of its tensors, which the next replay overwrites."""
+    return type(output)(
+        **{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
+    )
