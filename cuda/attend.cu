@@ -75,6 +75,15 @@ void strides(int64_t (&bytes)[3], const kvc_tensor *t) {
     for (int i = 0; i < 3; i++) bytes[i] = t->strides[i] * kvc_dtype_size(t->dtype);
 }
 
+half_facts facts_of_half(const kvc_layout *layout, int bits, int tokens) {
+    const int tiles = layout->head_dim / 16, each = tiles_of(bits, tokens);
+    half_facts facts;
+    facts.bytes = (int32_t)kvc_half_bytes(layout, bits, tokens);
+    facts.pieces = (int16_t)((tiles + each - 1) / each);
+    facts.step = (int16_t)(each * tile_bytes(bits, tokens));
+    return facts;
+}
+
 cudaError_t launch(attend_job &a, int head_dim, const device_facts &facts, cudaStream_t stream) {
     switch (head_dim) {
     case 64: return kvc_launch_attend_64(&a, facts.multiprocessors, facts.shared_most, stream);
@@ -83,6 +92,18 @@ cudaError_t launch(attend_job &a, int head_dim, const device_facts &facts, cudaS
     case 128: return kvc_launch_attend_128(&a, facts.multiprocessors, facts.shared_most, stream);
     default: return kvc_launch_attend_256(&a, facts.multiprocessors, facts.shared_most, stream);
     }
+}
+
+/* Queries that are none give nobody weight. */
+kvc_status no_mass(const kvc_attend_args *args, cudaStream_t stream) {
+    const kvc_tensor *mass = &args->mass;
+    if (!kvc_given(mass) || mass->shape[1] == 0) return KVC_OK;
+    kvc_device_scope scope(mass->device_id);
+    cudaError_t error = scope.error;
+    if (error == cudaSuccess)
+        error = cudaMemset2DAsync(mass->data, (size_t)mass->strides[0] * 4, 0, (size_t)mass->shape[1] * 4,
+                                  (size_t)mass->shape[0], stream);
+    return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
 }
 
 /* Groups of channels with scales of their own, and mass: kernels of their own, whose workspace is made EMPTY again. */
@@ -119,7 +140,8 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     KVC_TRY(check_devices(args));
     const int device = args->queries.device_id, d = args->layout.head_dim;
     const int64_t b = args->queries.shape[0], q = args->queries.shape[2], n = args->lists.shape[0];
-    if (b == 0 || n == 0 || q == 0 || args->queries.shape[1] == 0) return KVC_OK;
+    if (b == 0 || n == 0) return KVC_OK;
+    if (q == 0 || args->queries.shape[1] == 0) return no_mass(args, (cudaStream_t)stream);
     const int64_t heads = n / b, group = args->queries.shape[1] / heads;
     kvc_device_scope scope(device);
     if (scope.error != cudaSuccess) return kvc_cuda_fail("attend", scope.error);
@@ -140,6 +162,8 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     if (divided) {
         const int64_t words = kvc_divide_words(n, device);
         KVC_TRY(kvc_expect_array("attend", "division", &args->division, KVC_INT32, 1, &words));
+        KVC_CHECK(((uintptr_t)args->division.data & 15) == 0, KVC_EINVAL,
+                  "attend: division: expected 16-byte alignment, got address %p", args->division.data);
     } else {
         kvc_divide_args divide = {};
         divide.divisions.data = workspace + parts;
@@ -184,8 +208,8 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     a.q = (int32_t)q;
     a.columns = (int32_t)(group * q);
     for (int bits = 2; bits <= 16; bits++)
-        if (kvc_bits_ok(bits)) a.half_bytes[bits] = (int32_t)kvc_half_bytes(&args->layout, bits, KVC_PAGE_TOKENS);
-    a.tail_half_bytes = (int32_t)kvc_half_bytes(&args->layout, 16, KVC_TAIL_TOKENS);
+        if (kvc_bits_ok(bits)) a.halves[bits] = facts_of_half(&args->layout, bits, KVC_PAGE_TOKENS);
+    a.halves[17] = facts_of_half(&args->layout, 16, KVC_TAIL_TOKENS);
     a.q_dtype = args->queries.dtype;
     a.out_dtype = args->out.dtype;
     a.half = args->layout.half;

@@ -15,9 +15,20 @@ constexpr float NOTHING = -1e30f; /* a maximum over no tokens */
  * greatest one when the shift is chosen, so that weights 2^-33 of it are still more than zero. */
 constexpr float SHIFT_AT = 9.0f, SHIFT_MOST = 15.0f;
 
-constexpr int SLOT = 4352;      /* bytes of a copy at most: 4096 of codes, 256 of scales and zeros */
+#ifndef MANY_WARPS
+#define MANY_WARPS 12
+#endif
+constexpr int SLOT = 4608;      /* bytes of a copy at most: 4096 of codes, 256 of scales and zeros; K and V of 2 bits */
+constexpr int AHEAD = 4;        /* table entries that are on their way, per warp; a power of two */
+constexpr int ORDERS = 8;       /* pieces that are described ahead, per warp; a power of two */
 constexpr int DRAIN_PAGES = 8;  /* the tensor cores' fp32 sums truncate: emptied into true fp32 after so many pages */
 constexpr uint32_t EMPTY = ~0u; /* a word of a partial result that is not there yet */
+
+/* K or V of a page with so many bits. */
+struct alignas(8) half_facts {
+    int32_t bytes;        /* 0 for bits that are no class */
+    int16_t pieces, step; /* copies of it; bytes from one to the next */
+};
 
 struct attend_job {
     const char *queries;
@@ -32,8 +43,7 @@ struct attend_job {
     float *parts;      /* (blocks * chunks, NQ, D): what blocks give to a list's first block */
     float2 *part_sums; /* (blocks * chunks, NQ): shift, sum of weights */
     int32_t capacity, n, heads, group, q, columns, chunks, slots;
-    int32_t half_bytes[17]; /* of K or V in a page of 64 tokens, by bits; 0 for bits that are no class */
-    int32_t tail_half_bytes;
+    half_facts halves[18]; /* by bits, of 64 tokens; 17: a tail page's */
     int32_t q_dtype, out_dtype, half, zero_point, e5m3, rotation, early;
     float scale, softcap;
 };
@@ -47,18 +57,22 @@ template <int D, int NQ> struct sizes {
     static constexpr int QT = PAIR ? 1 : 2 * CT; /* column tiles of q */
     static constexpr int TS = PAIR ? 2 : 4;      /* token tiles of a lane */
     static constexpr int PITCH = D + 4;          /* floats of a row of sums in shared memory */
-    static constexpr int WARPS = 8;
+    static constexpr int WARPS = NQ == 4 && D <= 128 ? MANY_WARPS : 8;
+    static constexpr int THREADS = (WARPS + 4) * 32;                   /* and a warpgroup that fetches */
     static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
     static constexpr int HALF_FRAGMENTS = QT * TILES * 32;
     static constexpr int SUMS_BYTES = WARPS * NQ * PITCH * 4;
     static constexpr int FIXED_BYTES = (CODE_FRAGMENTS + HALF_FRAGMENTS) * 8 + SUMS_BYTES + WARPS * NQ * 16 + NQ * 16;
 };
 
-/* Channel tiles of a copy, and copies of a half. P: tokens of the page. */
+/* Channel tiles of a copy. P: tokens of the page. */
+constexpr int tile_bytes(int bits, int tokens) { return tokens * 16 * bits / 8; }
+constexpr int tiles_of(int bits, int tokens) {
+    return bits == 2 ? 16 : bits == 3 ? 8 : 4096 / tile_bytes(bits, tokens);
+}
+
 template <int BITS, int P> struct piece {
-    static constexpr int TILE_BYTES = P * 16 * BITS / 8;
-    static constexpr int TILES = BITS == 2 ? 16 : BITS == 3 ? 8 : 4096 / TILE_BYTES;
-    static constexpr int BYTES = TILES * TILE_BYTES;
+    static constexpr int TILE_BYTES = tile_bytes(BITS, P), TILES = tiles_of(BITS, P);
 };
 
 /* ---- instructions */

@@ -145,11 +145,30 @@ __device__ __forceinline__ void store_query(const attend_job &a, int list, int c
         if (lane + 32 * k < D) store_element(row, lane + 32 * k, x[k], a.out_dtype);
 }
 
+/* Registers go from the fetching warpgroup to the working ones; numbers that leave none over. */
+template <int WARPS, bool FETCHES> __device__ __forceinline__ void share_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+    static_assert(WARPS == 8 || WARPS == 12, "");
+    if constexpr (FETCHES)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 40 : 56));
+    else
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 232 : 152));
+#endif
+}
+
+/* Of the working warps. */
+template <int WARPS> __device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1,%0;" ::"n"(WARPS * 32) : "memory");
+}
+
 template <int D, int NQ>
-__global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(const __grid_constant__ attend_job a) {
+__global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const __grid_constant__ attend_job a) {
     using S = sizes<D, NQ>;
-    constexpr int WARPS = S::WARPS, THREADS = WARPS * 32;
+    constexpr int WARPS = S::WARPS, THREADS = WARPS * 32; /* that work */
     extern __shared__ __align__(128) char shared[];
+    rings all;
+    all.count = a.slots;
+    all.slots = shared;
     char *next = shared + WARPS * a.slots * SLOT;
     uint2 *const code_fragments = (uint2 *)next;
     next += S::CODE_FRAGMENTS * 8;
@@ -161,24 +180,40 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
     next += WARPS * NQ * 16;
     float4 *const info = (float4 *)next; /* (NQ): of lay_out_query; at last the sum of weights */
     next += NQ * 16;
-    uint64_t *const bars = (uint64_t *)next;
-    page_note *const notes = (page_note *)(bars + WARPS * a.slots);
+    all.entries = (page_entry *)next;
+    next += WARPS * AHEAD * sizeof(page_entry);
+    all.notes = (page_note *)next;
+    next += WARPS * a.slots * sizeof(page_note);
+    all.full = (uint64_t *)next;
+    all.empty = all.full + WARPS * a.slots;
 
     const int warp = threadIdx.x >> 5;
     const int reversed = gridDim.x - 1 - blockIdx.x, block = reversed / a.chunks, chunk = reversed - block * a.chunks;
     if (!a.early) wait_for_previous(); /* before the next may begin: it may rely on what came before this kernel */
     let_next_begin();
-    const int4 header = *(const int4 *)a.division;
-    if (block >= header.x) return;
-    const kvc_run run = ((const kvc_run *)(a.division + 4))[block];
-    worker<D, NQ> w(a, shared + warp * a.slots * SLOT, bars + warp * a.slots, notes + warp * a.slots, warp);
+    const int blocks = a.division[0];
+    const kvc_share *const shares = (const kvc_share *)(a.division + 4);
+    const kvc_run run = ((const kvc_run *)(shares + a.n))[block]; /* of no meaning from block `blocks` on */
+    for (int i = threadIdx.x; i < WARPS * a.slots; i += S::THREADS) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(all.full + i)), "n"(ARRIVALS));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(shared_address(all.empty + i)));
+    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;");
+#endif
+    __syncthreads();
+    if (block >= blocks) return;
+    if (warp >= WARPS) {
+        share_registers<WARPS, true>();
+        fetcher<WARPS>(a, all, warp - WARPS).fetch(run);
+        return;
+    }
+    share_registers<WARPS, false>();
+    worker<D, NQ> w(a, all, warp);
     w.code_fragments = code_fragments;
     w.half_fragments = half_fragments;
     w.sums = sums + warp * NQ * S::PITCH;
-    w.copies.begin(run);
-#pragma unroll 1
-    for (int i = 0; i < a.slots; i++) w.copies.request();
-    int done = 0, note_at = 0;
+    bool waited = !a.early;
     const int last = run.end_page > 0 ? run.end_list : run.end_list - 1;
 #pragma unroll 1
     for (int list = run.first_list; list <= last; list++) {
@@ -188,7 +223,8 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
                 lay_out_query<D, NQ>(a, list, chunk * NQ + n, n, (uint8_t *)code_fragments, (uint16_t *)half_fragments,
                                      info);
         w.begin_list(list);
-        __syncthreads();
+        const kvc_share share = shares[list];
+        meet<WARPS>();
 #pragma unroll
         for (int ct = 0; ct < S::CT; ct++)
 #pragma unroll
@@ -199,12 +235,9 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
                 w.hidden[ct][g] = __float_as_int(mine.z);
             }
 #pragma unroll 1
-        while (done < w.copies.started) {
-            __syncwarp(); /* the note is lane 0's */
-            const page_note note = w.copies.notes[note_at];
+        for (;;) {
+            const page_note note = w.copies.note();
             if (note.list != list) break;
-            done++;
-            if (++note_at == a.slots) note_at = 0;
             w.page(note);
         }
         /* this warp's part */
@@ -222,11 +255,11 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
                     ends[warp * NQ + w.query(ct, g)] =
                         make_float4(w.shift[ct][g], w.weights[ct][g], w.zeros[ct][g], w.has_sums ? 1.0f : 0.0f);
             }
-        const kvc_share share = w.copies.shares()[list];
-        __syncthreads();
+        meet<WARPS>();
         /* the block's part: four channels a thread */
         const bool alone = share.blocks == 1, first = share.first_block == block;
-        w.copies.wait();
+        if (!waited) wait_for_previous();
+        waited = true;
 #pragma unroll 1
         for (int i = threadIdx.x; i < NQ * D / 4; i += THREADS) {
             const int n = i / (D / 4), channel = i % (D / 4) * 4;
@@ -254,7 +287,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
                 continue;
             }
             if (!alone) {
-                constexpr int AT_ONCE = 4;
+                constexpr int AT_ONCE = NQ == 4 ? 8 : 4;
 #pragma unroll 1
                 for (int k = 1; k < share.blocks; k += AT_ONCE) {
                     float2 ends_of[AT_ONCE];
@@ -293,7 +326,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
             if (channel == 0) info[n].w = total;
         }
         if (first) {
-            __syncthreads(); /* also: nobody reads partial results any more */
+            meet<WARPS>(); /* also: nobody reads partial results any more */
             if (!alone)
 #pragma unroll 1
                 for (int i = threadIdx.x; i < (share.blocks - 1) * NQ * D / 4; i += THREADS) {
@@ -312,20 +345,19 @@ __global__ void __launch_bounds__(sizes<D, NQ>::WARPS * 32, 1) attend_kernel(con
 /* Copies of a warp that fit; with 16 queries it looks at all pieces of K together. */
 template <int D, int NQ> int slots_for(int shared_most) {
     using S = sizes<D, NQ>;
-    return (shared_most - S::FIXED_BYTES - 128) / (S::WARPS * (SLOT + (int)sizeof(uint64_t) + (int)sizeof(page_note)));
+    return (shared_most - S::FIXED_BYTES - S::WARPS * rings::WARP_BYTES - 128) / (S::WARPS * rings::SLOT_BYTES);
 }
 
 template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
     using S = sizes<D, NQ>;
     static int prepared[64]; /* bytes that the kernel may take, by device */
-    constexpr int SLOT_BYTES = SLOT + (int)sizeof(uint64_t) + (int)sizeof(page_note);
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
     a.slots = slots_for<D, NQ>(shared_most);
     if (a.slots < 2) return cudaErrorInvalidConfiguration;
     a.slots = a.slots > 6 ? 6 : a.slots;
-    const int bytes = S::FIXED_BYTES + a.slots * S::WARPS * SLOT_BYTES;
+    const int bytes = S::FIXED_BYTES + S::WARPS * (rings::WARP_BYTES + a.slots * rings::SLOT_BYTES);
     if (device >= 64 || prepared[device] < bytes) {
         error = cudaFuncSetAttribute(attend_kernel<D, NQ>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
@@ -334,7 +366,7 @@ template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, in
     a.chunks = (a.columns + NQ - 1) / NQ;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks * a.chunks);
-    config.blockDim = dim3(S::WARPS * 32);
+    config.blockDim = dim3(S::THREADS);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     cudaLaunchAttribute overlap = {};

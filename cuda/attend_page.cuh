@@ -7,51 +7,66 @@
  * stay where they are in their byte: a mask is all it takes, and powers of two go into the scale. Class 16: q in two
  * 16-bit floats. Logits are in bits (log2 e is in q's factor).
  *
- * V below 8 bits: a code or-ed into a mantissa is a constant plus the code; the constants' share of the sums comes from
- * a product of its own (`bias`). 8 bits: the constant is subtracted. The scale is in the weight, the zero in `zeros`.
+ * V: a code or-ed into a mantissa is a constant plus the code. Constants above 16 are subtracted, as the tensor cores'
+ * sums, which they would swell, are truncated; the share of what is left comes from a product of its own (`bias`).
+ * The scale is in the weight, the zero in `zeros`.
  */
 #pragma once
 #include "attend_ring.cuh"
 
 namespace {
 
-/* The code whose value V's sums are taken around, and the zero's share is moved to. Not the middle: the tensor core
- * truncates, and sums around this code err least (experiments/results/h200/attend.md). */
-__host__ __device__ constexpr float sum_code(int bits) { return bits == 2 ? 2 : bits == 3 ? 4 : bits == 4 ? 6 : 128; }
+/* The code whose value V's sums are taken around, and the zero's share is moved to. */
+__host__ __device__ constexpr int sum_code(int bits) { return bits == 2 ? 2 : bits == 3 ? 4 : bits == 4 ? 6 : 128; }
 
-/* V's codes of one word as half2: rows r and r + 8 of tokens 2c, 2c + 1, then of tokens 2c + 8, 2c + 9. */
+/* A pair of fp16 numbers x: multiples of 1/2, of 1 from 1024 on, below 2048. */
+__host__ __device__ constexpr uint32_t pair_of(float x) {
+    int n = (int)(2 * (x < 0 ? -x : x)), e = 0;
+    if (n == 0) return 0;
+    while (n >> e > 1) e++;
+    return (uint32_t)((x < 0 ? 0x8000 : 0) | (e + 14) << 10 | ((e > 10 ? n >> (e - 10) : n << (10 - e)) & 1023)) *
+           0x10001u;
+}
+
+template <int BY> __device__ __forceinline__ uint32_t less(uint32_t x) {
+    constexpr uint32_t by = pair_of(BY);
+    uint32_t y;
+    asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(x), "r"(by));
+    return y;
+}
+
+/* V's codes of one word as half2: rows r and r + 8 of tokens 2c, 2c + 1, then of tokens 2c + 8, 2c + 9; in rows r less
+ * sum_code, in rows r + 8 with a constant. */
 __device__ __forceinline__ void four_bits(uint32_t (&a)[4], uint32_t w) {
     const uint32_t other = __funnelshift_r(w, w, 8);
-    a[0] = pick<0x003c003cu, 0x5c005c00u>(w); /* 256 + code */
-    a[1] = pick<0x03c003c0u, 0x4c004c00u>(w); /* 16 + code */
-    a[2] = pick<0x003c003cu, 0x5c005c00u>(other);
+    a[0] = less<256 + sum_code(4)>(pick<0x003c003cu, 0x5c005c00u>(w));
+    a[1] = pick<0x03c003c0u, 0x4c004c00u>(w);
+    a[2] = less<256 + sum_code(4)>(pick<0x003c003cu, 0x5c005c00u>(other));
     a[3] = pick<0x03c003c0u, 0x4c004c00u>(other);
 }
 
 template <int ODD> __device__ __forceinline__ void two_bits(uint32_t (&a)[4], uint32_t w, uint32_t other) {
-    a[0] = ODD ? pick<0x00300030u, 0x54005400u>(w) : pick<0x000c000cu, 0x5c005c00u>(w); /* 64, 256 */
-    a[1] = ODD ? pick<0x03000300u, 0x44004400u>(w) : pick<0x00c000c0u, 0x4c004c00u>(w); /* 4, 16 */
-    a[2] = ODD ? pick<0x00300030u, 0x54005400u>(other) : pick<0x000c000cu, 0x5c005c00u>(other);
+    constexpr int large = (ODD ? 64 : 256) + sum_code(2);
+    a[0] = less<large>(ODD ? pick<0x00300030u, 0x54005400u>(w) : pick<0x000c000cu, 0x5c005c00u>(w));
+    a[1] = ODD ? pick<0x03000300u, 0x44004400u>(w) : pick<0x00c000c0u, 0x4c004c00u>(w);
+    a[2] = less<large>(ODD ? pick<0x00300030u, 0x54005400u>(other) : pick<0x000c000cu, 0x5c005c00u>(other));
     a[3] = ODD ? pick<0x03000300u, 0x44004400u>(other) : pick<0x00c000c0u, 0x4c004c00u>(other);
 }
 
 /* w, high: low two bits, high bit shifted to its place beside them. */
 template <int ODD> __device__ __forceinline__ void three_bits(uint32_t &low, uint32_t &up, uint32_t w, uint32_t high) {
-    if (ODD) { /* 256, 16 */
-        low = pick_or<0x00100010u>(high, pick<0x000c000cu, 0x5c005c00u>(w));
+    if (ODD) {
+        low = less<256 + sum_code(3)>(pick_or<0x00100010u>(high, pick<0x000c000cu, 0x5c005c00u>(w)));
         up = pick_or<0x01000100u>(high, pick<0x00c000c0u, 0x4c004c00u>(w));
-    } else { /* 1024, 64 */
-        low = pick_or<0x00040004u>(high, pick<0x00030003u, 0x64006400u>(w));
-        up = pick_or<0x00400040u>(high, pick<0x00300030u, 0x54005400u>(w));
+    } else {
+        low = less<1024 + sum_code(3)>(pick_or<0x00040004u>(high, pick<0x00030003u, 0x64006400u>(w)));
+        up = less<64 + sum_code(3)>(pick_or<0x00400040u>(high, pick<0x00300030u, 0x54005400u>(w)));
     }
 }
 
-/* Constants in a, of rows r and of rows r + 8, as half2, together with sum_code. */
-template <int BITS, int ODD> __device__ __forceinline__ void constants(uint32_t &low, uint32_t &up) {
-    constexpr float first = BITS == 4 ? 256 : BITS == 2 ? (ODD ? 64 : 256) : (ODD ? 256 : 1024);
-    constexpr float second = BITS == 4 ? 16 : BITS == 2 ? (ODD ? 4 : 16) : (ODD ? 16 : 64);
-    low = half2_bits(first + sum_code(BITS), first + sum_code(BITS));
-    up = half2_bits(second + sum_code(BITS), second + sum_code(BITS));
+/* The constant in rows r + 8 of a token tile; 0: none. */
+__host__ __device__ constexpr int kept(int bits, int odd) {
+    return bits == 4 ? 16 : bits == 2 ? (odd ? 4 : 16) : bits == 3 && odd ? 16 : 0;
 }
 
 template <int D, int NQ> struct worker {
@@ -60,7 +75,7 @@ template <int D, int NQ> struct worker {
     static constexpr bool PAIR = S::PAIR;
 
     const attend_job &a;
-    ring<TILES, S::WARPS> copies;
+    ring copies;
     const uint2 *code_fragments, *half_fragments;
     float *sums; /* (NQ, PITCH): this warp's, emptied into */
     int lane, r, c;
@@ -71,11 +86,12 @@ template <int D, int NQ> struct worker {
     float shift[CT][2], drained[CT][2], weights[CT][2], zeros[CT][2];
     float sum[TILES][CT][4], bias[CT][4];
     int since_drain;
+    int joint; /* bytes of K in the slot that holds the whole page; 0: K and V have slots of their own */
     bool has_sums;
     int tail_page, tail_tokens; /* of the list */
 
-    __device__ __forceinline__ worker(const attend_job &a, char *slots, uint64_t *bars, page_note *notes, int warp)
-        : a(a), copies(a, slots, bars, notes, warp), lane(threadIdx.x & 31), r(lane >> 2), c(lane & 3), upper(c >= 2) {}
+    __device__ __forceinline__ worker(const attend_job &a, const rings &all, int warp)
+        : a(a), copies(all, warp), lane(threadIdx.x & 31), r(lane >> 2), c(lane & 3), upper(c >= 2) {}
 
     /* The first column tile's query of this lane. */
     __device__ __forceinline__ int query(int ct, int g) const { return PAIR ? (c & 1) * 2 + g : 8 * ct + 2 * c + g; }
@@ -94,8 +110,7 @@ template <int D, int NQ> struct worker {
         clear_sums();
         since_drain = 0;
         has_sums = false;
-        if (a.q > 1) {
-            copies.wait();
+        if (a.q > 1) { /* then the kernel before has ended (`early`) */
             tail_page = a.lists[list].tail_page;
             tail_tokens = a.lists[list].tail_tokens;
         }
@@ -114,19 +129,35 @@ template <int D, int NQ> struct worker {
 
     /* ---- scales */
 
-    /* Scale and zero of a token; `scales` is what follows a half's codes. */
-    __device__ __forceinline__ void step(float &scale, float &zero, const char *scales, int token) const {
-        if (a.e5m3) {
-            const uint32_t pair =
-                a.zero_point ? ((const uint16_t *)scales)[token] : (uint32_t)((const uint8_t *)scales)[token];
-            scale = __uint_as_float((pair & 0xff) << 20) * 0x1p112f;
-            zero = a.zero_point ? scale * (float)(int8_t)(pair >> 8) * 0.125f : 0.0f;
-        } else if (a.zero_point) {
-            const float2 pair = __half22float2(((const half2 *)scales)[token]);
-            scale = pair.x, zero = pair.y;
+    /* Scales and zeros of this lane's tokens; `scales` is what follows a half's codes. */
+    __device__ __forceinline__ void steps(float (&scale)[TS][2], float (&zero)[TS][2], const char *scales) const {
+        if (!a.e5m3 && a.zero_point) {
+            half2 pairs[TS][2];
+#pragma unroll
+            for (int u = 0; u < TS; u++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) pairs[u][i] = ((const half2 *)scales)[token(u, i)];
+#pragma unroll
+            for (int u = 0; u < TS; u++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    scale[u][i] = __low2float(pairs[u][i]), zero[u][i] = __high2float(pairs[u][i]);
         } else {
-            scale = __half2float(((const half *)scales)[token]);
-            zero = 0;
+            const int bytes = (a.e5m3 ? 1 : 2) * (a.zero_point ? 2 : 1);
+#pragma unroll
+            for (int u = 0; u < TS; u++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const char *at = scales + token(u, i) * bytes;
+                    const uint32_t word = bytes == 1 ? *(const uint8_t *)at : *(const uint16_t *)at;
+                    zero[u][i] = 0;
+                    if (a.e5m3) {
+                        scale[u][i] = __uint_as_float((word & 0xff) << 20) * 0x1p112f;
+                        if (a.zero_point) zero[u][i] = scale[u][i] * (float)(int8_t)(word >> 8) * 0.125f;
+                    } else {
+                        scale[u][i] = __half2float(__ushort_as_half((uint16_t)word));
+                    }
+                }
         }
     }
 
@@ -235,23 +266,35 @@ template <int D, int NQ> struct worker {
                         x[ct][u][j] = __int2float_rn(256 * t[u][0][j] + t[u][1][j]);
         }
         /* What a code's place in its byte multiplies it by: 16 in rows r + 8, 4 in odd tiles of 2 and 3 bits. */
+        float scale[TS][2], zero[TS][2];
+        steps(scale, zero, scales);
 #pragma unroll
         for (int u = 0; u < TS; u++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float scale, zero;
-                step(scale, zero, scales, token(u, i));
-                zero -= scale * kvc_mid(BITS);
-                if (BITS < 8 && i) scale *= 1.0f / 16;
-                if (BITS < 4) scale *= (PAIR ? upper : u & 1) ? 0.25f : 1.0f;
+                zero[u][i] = fmaf(scale[u][i], -kvc_mid(BITS), zero[u][i]);
+                if (BITS < 8 && i) scale[u][i] *= 1.0f / 16;
+                if (BITS < 4) scale[u][i] *= (PAIR ? upper : u & 1) ? 0.25f : 1.0f;
 #pragma unroll
                 for (int ct = 0; ct < CT; ct++)
 #pragma unroll
                     for (int g = 0; g < 2; g++)
-                        x[ct][u][2 * i + g] = fmaf(scale * factor[ct][g], x[ct][u][2 * i + g], zero * total[ct][g]);
+                        x[ct][u][2 * i + g] =
+                            fmaf(scale[u][i] * factor[ct][g], x[ct][u][2 * i + g], zero[u][i] * total[ct][g]);
             }
+        release_keys<PIECES>();
+    }
+
+    /* K's pieces that are still there have been read; not a slot that holds V as well. */
+    template <int PIECES> __device__ __forceinline__ void release_keys() {
+        if (joint) return;
 #pragma unroll
         for (int p = CT == 1 ? PIECES - 1 : 0; p < PIECES; p++) copies.release();
+    }
+
+    /* V's first piece, in a slot of its own or behind K's. */
+    __device__ __forceinline__ const char *values_arrived() {
+        return joint ? copies.arrived() + joint : copies.arrived();
     }
 
     /* Of 16-bit values; P = 16 or 64 tokens. */
@@ -335,9 +378,12 @@ template <int D, int NQ> struct worker {
 #pragma unroll
                 for (int u = 0; u < TS; u++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) { /* x is 2 log2 e times logit / cap; tanh by one power */
-                        const float power = exp2_of(fminf(fabsf(x[ct][u][j]), 64.0f));
-                        const float tanh = 1.0f - 2.0f / (power + 1.0f);
+                    for (int j = 0; j < 4;
+                         j++) { /* x is 2 log2 e times logit / cap; tanh by one power, or its series */
+                        const float size = fabsf(x[ct][u][j]), power = exp2_of(fminf(size, 64.0f));
+                        const float y = size * (0.5f / LOG2E), square = y * y;
+                        const float series = y * fmaf(square, fmaf(square, 2.0f / 15, -1.0f / 3), 1.0f);
+                        const float tanh = y < 0.1f ? series : 1.0f - 2.0f / (power + 1.0f);
                         if (fabsf(x[ct][u][j]) < INFINITY)
                             x[ct][u][j] = copysignf(tanh, x[ct][u][j]) * (a.softcap * LOG2E);
                     }
@@ -391,7 +437,6 @@ template <int D, int NQ> struct worker {
                 shift[ct][g] = next;
                 weights[ct][g] *= by;
                 zeros[ct][g] *= by;
-                bias[ct][g] *= by;
                 bias[ct][2 + g] *= by;
 #pragma unroll
                 for (int i = 0; i < TILES; i++) {
@@ -417,16 +462,16 @@ template <int D, int NQ> struct worker {
     template <int BITS> __device__ __forceinline__ void code_values(float (&x)[CT][TS][4]) {
         using C = piece<BITS, 64>;
         constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, REST = TILES - (PIECES - 1) * C::TILES;
-        const char *at = copies.arrived();
+        const char *at = values_arrived();
         float scale[TS][2], zero[TS][2], most[CT][2];
 #pragma unroll
         for (int ct = 0; ct < CT; ct++) most[ct][0] = most[ct][1] = -INFINITY;
+        steps(scale, zero, at + REST * C::TILE_BYTES);
 #pragma unroll
         for (int u = 0; u < TS; u++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                step(scale[u][i], zero[u][i], at + REST * C::TILE_BYTES, token(u, i));
-                zero[u][i] = fmaf(scale[u][i], sum_code(BITS) - kvc_mid(BITS), zero[u][i]);
+                zero[u][i] = fmaf(scale[u][i], (float)sum_code(BITS) - kvc_mid(BITS), zero[u][i]);
                 const float size = fmaxf(log2_of(scale[u][i]), -24.0f);
 #pragma unroll
                 for (int ct = 0; ct < CT; ct++)
@@ -454,12 +499,10 @@ template <int D, int NQ> struct worker {
             for (int ct = 0; ct < CT; ct++)
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-                    uint32_t low, up;
-                    if (BITS != 4 && u & 1)
-                        constants<BITS, 1>(low, up);
-                    else
-                        constants<BITS, 0>(low, up);
-                    mma_f16(bias[ct], low, up, low, up, p[ct][u][0], p[ct][u][1]);
+                    constexpr uint32_t even = kept(BITS, 0) ? pair_of(kept(BITS, 0) + sum_code(BITS)) : 0;
+                    constexpr uint32_t odd = kept(BITS, 1) ? pair_of(kept(BITS, 1) + sum_code(BITS)) : 0;
+                    const uint32_t up = u & 1 ? odd : even;
+                    if (up) mma_f16(bias[ct], 0, up, 0, up, p[ct][u][0], p[ct][u][1]);
                 }
         add_values<BITS, REST>(at, (PIECES - 1) * C::TILES, p);
         copies.release();
@@ -506,14 +549,12 @@ template <int D, int NQ> struct worker {
             } else {
                 const uint4 low = ((const uint4 *)tile)[lane], up = ((const uint4 *)tile)[32 + lane];
                 const uint32_t rows[2][4] = {{low.x, low.y, low.z, low.w}, {up.x, up.y, up.z, up.w}};
-                const half2 middle = __floats2half2_rn(1024.0f + 128.0f, 1024.0f + 128.0f);
 #pragma unroll
                 for (int u = 0; u < 4; u++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        uint32_t bits = __byte_perm(rows[j & 1][u], 0x64646464u, j < 2 ? 0x4240 : 0x4341);
-                        const half2 code = __hsub2(*(half2 *)&bits, middle);
-                        v[u][j] = *(const uint32_t *)&code;
+                        const uint32_t bits = __byte_perm(rows[j & 1][u], 0x64646464u, j < 2 ? 0x4240 : 0x4341);
+                        v[u][j] = less<1024 + sum_code(8)>(bits);
                     }
             }
 #pragma unroll
@@ -599,6 +640,7 @@ template <int D, int NQ> struct worker {
     __device__ __forceinline__ void page(const page_note &note) {
         const int k_bits = note.kind & 0xff, v_bits = note.kind >> 8 & 0xff;
         const bool tail = k_bits == 16 && v_bits == 16;
+        joint = (int)note.joint;
         float x[CT][TS][4];
         switch (k_bits) {
         case 2: code_logits<2>(x); break;
@@ -646,11 +688,12 @@ template <int D, int NQ> struct worker {
             for (int i = 0; i < (PAIR ? HALF : TILES); i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float value = sum[i][ct][j] - bias[ct][j];
+                    float value = j < 2 ? sum[i][ct][j] : sum[i][ct][j] - bias[ct][j];
                     int tile = i;
                     bool mine = true;
                     if constexpr (PAIR) {
-                        const float other = i + HALF < TILES ? sum[(i + HALF) % TILES][ct][j] - bias[ct][j] : 0.0f;
+                        float other = i + HALF < TILES ? sum[(i + HALF) % TILES][ct][j] : 0.0f;
+                        if (i + HALF < TILES && j >= 2) other -= bias[ct][j];
                         const float got = __shfl_xor_sync(ALL, upper ? value : other, 2);
                         value = (upper ? other : value) + got;
                         tile = upper ? i + HALF : i;

@@ -1,199 +1,327 @@
-/* attend_ring.cuh: a warp's ring of copies from the arena into shared memory: pieces of pages in the order in which
- * they are worked on, requested as slots become free. By bulk copies on sm_90 and later, by cp.async before. */
+/* attend_ring.cuh: pieces of pages on their way from the arena into shared memory. Four warps of a block fetch for
+ * the others: a lane for each of these walks through its pages and requests their pieces, in the order in which they
+ * are worked on, as slots of its ring are given back. (Four, because barriers and bulk copies take lanes one by one.)
+ * By bulk copies on sm_90 and later, by cp.async before. */
 #pragma once
 #include "attend_job.cuh"
 
 namespace {
 
+constexpr int NO_LIST = 0x7fffffff;
+
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-/* What a warp works on next: a page whose copies have been requested. */
+/* What lies in the slot, and behind it where a page has several pieces. */
 struct page_note {
-    int32_t list, page;
-    uint32_t kind; /* k_bits | v_bits << 8 | tokens << 16 */
-    uint32_t spare;
+    int32_t list, page; /* NO_LIST: no more pages */
+    uint32_t kind;      /* k_bits | v_bits << 8 | tokens << 16 */
+    int32_t joint;      /* bytes of K where V lies behind it in the same slot; 0: it does not */
 };
 
-template <int TILES, int WARPS> struct ring {
-    const attend_job &a;
+/* A page whose table entry has been asked for. `pair`: the 16 bytes that hold the entry. */
+struct page_entry {
+    uint2 pair[2];
+    int32_t list, page, which, spare;
+};
+
+/* Shared memory of a block's rings: (WARPS, slots) each, entries (WARPS, AHEAD). */
+struct rings {
     char *slots;
-    uint64_t *bars;
-    page_note *notes; /* as many as slots: a page has two pieces or more */
-    uint64_t policy;
-    int slot, phase;    /* of the piece that is worked on next */
-    int fill;           /* slot that is requested next */
-    int started, noted; /* pages requested, places in notes */
-    /* the page that is being requested */
-    int list, page, stop, last, end_page; /* stop: pages of the list that may be read now */
-    int first_list, first_page, end_list;
-    int pieces, place; /* of the page: all, requested */
-    uint32_t kind;
-    const char *bytes;
-    uint2 entry; /* lane l: the table's entry of the l-th page from `batch` on */
-    int batch;
-    bool waited, done;
-    int lane, warp;
+    uint64_t *full, *empty;
+    page_note *notes;
+    page_entry *entries;
+    int count; /* slots of a warp */
 
-    __device__ __forceinline__ ring(const attend_job &a, char *slots, uint64_t *bars, page_note *notes, int warp)
-        : a(a), slots(slots), bars(bars), notes(notes), slot(0), phase(0), fill(0), started(0), noted(0), pieces(0),
-          place(0), kind(0), bytes(nullptr), waited(!a.early), done(false), lane(threadIdx.x & 31), warp(warp) {
+    static constexpr int SLOT_BYTES = SLOT + 2 * (int)sizeof(uint64_t) + (int)sizeof(page_note);
+    static constexpr int WARP_BYTES = AHEAD * (int)sizeof(page_entry);
+};
+
 #if __CUDA_ARCH__ >= 900
-        constexpr int arrivals = 1;
-        asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+constexpr int ARRIVALS = 1; /* on a full slot: the request's, and the copy's bytes */
 #else
-        constexpr int arrivals = 32;
+constexpr int ARRIVALS = 33; /* every lane's copies, and the request's */
 #endif
-        if (lane < a.slots)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(bars + lane)), "n"(arrivals));
+
+__device__ __forceinline__ void arrive(const uint64_t *bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
+__device__ __forceinline__ bool has_passed(const uint64_t *bar, int parity) {
+    uint32_t ok;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+                 : "=r"(ok)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+    return ok;
+}
+
+__device__ __forceinline__ void pass(const uint64_t *bar, int parity) {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("fence.mbarrier_init.release.cluster;");
-#endif
-        __syncwarp();
-    }
-
-    __device__ __forceinline__ const kvc_share *shares() const {
-        return (const kvc_share *)(a.division + 4 + 4 * a.division[0]);
-    }
-
-    /* Entries of 32 pages of this warp, from `page` on. */
-    __device__ __forceinline__ void load_batch() {
-        batch = page;
-        const int mine = page + lane * WARPS;
-        entry = mine < stop ? ((const uint2 *)a.table)[(int64_t)list * a.capacity + mine] : make_uint2(0, 0);
-    }
-
-    __device__ __forceinline__ void open(int which) {
-        list = which;
-        page = (which == first_list ? first_page : 0) + warp;
-        end_page = which == end_list ? last : INT32_MAX;
-        const int known = waited ? a.lists[which].pages : shares()[which].fixed_pages;
-        stop = min(min(end_page, known), a.capacity);
-        load_batch();
-    }
-
-    __device__ __forceinline__ void begin(const kvc_run &run) {
-        first_list = run.first_list;
-        first_page = run.first_page;
-        end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
-        last = run.end_page > 0 ? run.end_page : INT32_MAX;
-        open(first_list);
-    }
-
-    __device__ __forceinline__ void wait() {
-        if (!waited) wait_for_previous();
-        waited = true;
-    }
-
-    /* The next page that is there, or done. */
-    __device__ __forceinline__ bool next_page() {
-        for (;;) {
-            while (page >= stop) {
-                if (!waited && end_page > stop) { /* the tail, which the kernel before may have changed */
-                    wait();
-                    stop = min(min(end_page, a.lists[list].pages), a.capacity);
-                    if (page >= stop) end_page = stop; /* nothing more to wait for */
-                    load_batch();
-                } else if (list == end_list) {
-                    done = true;
-                    return false;
-                } else {
-                    open(list + 1);
-                }
-            }
-            const int from = (page - batch) / WARPS;
-            const uint32_t unit = __shfl_sync(ALL, entry.x, from);
-            kind = __shfl_sync(ALL, entry.y, from);
-            const int k_bits = kind & 0xff, v_bits = kind >> 8 & 0xff, tokens = kind >> 16 & 0xff;
-            const int at = page;
-            page += WARPS;
-            if (from == 31) load_batch();
-            const bool tail = k_bits == 16 && v_bits == 16;
-            if (k_bits > 16 || v_bits > 16 || tokens == 0 || tokens > (tail ? 16 : 64)) continue;
-            const int k_bytes = tail ? a.tail_half_bytes : a.half_bytes[k_bits];
-            const int v_bytes = tail ? a.tail_half_bytes : a.half_bytes[v_bits];
-            const int64_t first = (int64_t)unit * KVC_UNIT;
-            if (k_bytes == 0 || v_bytes == 0 || first + k_bytes + v_bytes > a.arena_bytes) continue;
-            bytes = a.arena + first;
-            if (lane == 0) notes[noted] = page_note{list, at, kind, 0};
-            if (++noted == a.slots) noted = 0;
-            started++;
-            place = 0;
-            return true;
-        }
-    }
-
-    __device__ __forceinline__ void copy(const char *from, int count) {
-        const uint32_t to = shared_address(slots + fill * SLOT), bar = shared_address(bars + fill);
-#if __CUDA_ARCH__ >= 900
-        if (lane == 0) {
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "r"(count) : "memory");
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                         "[%0],[%1],%2,[%3],%4;" ::"r"(to),
-                         "l"(from), "r"(count), "r"(bar), "l"(policy)
-                         : "memory");
-        }
+    asm volatile("{.reg .pred p; LOOP: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra LOOP;}" ::"r"(
+                     shared_address(bar)),
+                 "r"(parity)
+                 : "memory");
 #else
-        for (int i = lane * 16; i < count; i += 512)
-            asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i), "l"(from + i) : "memory");
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+    while (!has_passed(bar, parity)) {
+    }
 #endif
-        if (++fill == a.slots) fill = 0;
-    }
+}
 
-    /* Channel tiles of a piece times bytes of a channel tile (piece::BYTES). */
-    static __device__ __forceinline__ int piece_bytes(int bits) { return bits == 3 ? 3072 : 4096; }
+/* The working warp's end of its ring. */
+struct ring {
+    const char *slots;
+    const uint64_t *full, *empty;
+    const page_note *notes;
+    int count, slot, phase; /* slot: of the piece that is worked on next */
 
-    /* Requests the next piece, if there is one. V's pieces come last first: its scales are wanted before its codes. */
-    __device__ __forceinline__ void request() {
-        if (place == pieces) {
-            if (done || !next_page()) return;
-        }
-        const int k_bits = kind & 0xff, v_bits = kind >> 8 & 0xff;
-        const bool tail = k_bits == 16 && v_bits == 16;
-        const int k_bytes = tail ? a.tail_half_bytes : a.half_bytes[k_bits];
-        const int v_bytes = tail ? a.tail_half_bytes : a.half_bytes[v_bits];
-        const int k_pieces = count_pieces(k_bits, tail), v_pieces = count_pieces(v_bits, tail);
-        pieces = k_pieces + v_pieces;
-        const bool value = place >= k_pieces;
-        const int step = piece_bytes(value ? v_bits : k_bits), half = value ? v_bytes : k_bytes;
-        const int n = value ? v_pieces : k_pieces, i = value ? place - k_pieces : place;
-        const int which = !value ? i : i == 0 ? n - 1 : i - 1;
-        const int from = which * step;
-        copy(bytes + (value ? k_bytes : 0) + from, which == n - 1 ? half - from : step);
-        place++;
-    }
-
-    /* A page of 16 tokens has 8 channel tiles in a piece of 16 bits. */
-    static __device__ __forceinline__ int count_pieces(int bits, bool tail) {
-        const int per = tail ? 8 : bits == 2 ? 16 : bits <= 4 ? 8 : bits == 8 ? 4 : 2;
-        return (TILES + per - 1) / per;
-    }
+    __device__ __forceinline__ ring(const rings &all, int warp)
+        : slots(all.slots + warp * all.count * SLOT), full(all.full + warp * all.count),
+          empty(all.empty + warp * all.count), notes(all.notes + warp * all.count), count(all.count), slot(0),
+          phase(0) {}
 
     /* The piece `ahead` of the next one, once it has arrived. */
-    __device__ __forceinline__ const char *arrived(int ahead = 0) {
+    __device__ __forceinline__ const char *arrived(int ahead = 0) const {
         int at = slot + ahead, parity = phase;
-        if (at >= a.slots) at -= a.slots, parity ^= 1;
-#if __CUDA_ARCH__ >= 900
-        asm volatile("{.reg .pred p; LOOP: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra LOOP;}" ::"r"(
-                         shared_address(bars + at)),
-                     "r"(parity)
-                     : "memory");
-#else
-        uint32_t ok = 0;
-        while (!ok)
-            asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
-                         : "=r"(ok)
-                         : "r"(shared_address(bars + at)), "r"(parity)
-                         : "memory");
-#endif
+        if (at >= count) at -= count, parity ^= 1;
+        pass(full + at, parity);
         return slots + at * SLOT;
+    }
+
+    /* The page whose first piece is next, once that has arrived. */
+    __device__ __forceinline__ page_note note() const {
+        pass(full + slot, phase);
+        const int4 words = *(const int4 *)(notes + slot);
+        return page_note{words.x, words.y, (uint32_t)words.z, words.w};
     }
 
     /* The next piece has been read by all lanes: its slot takes another. */
     __device__ __forceinline__ void release() {
         __syncwarp();
-        request();
-        if (++slot == a.slots) slot = 0, phase ^= 1;
+        if ((threadIdx.x & 31) == 0) arrive(empty + slot);
+        if (++slot == count) slot = 0, phase ^= 1;
+    }
+};
+
+/* A fetching warp's; its first lanes serve a working warp each. */
+template <int WARPS> struct fetcher {
+    const attend_job &a;
+    const rings &all;
+    static constexpr int LANES = WARPS / 4;
+    const int served; /* the working warp */
+    uint64_t policy;
+    page_entry *entries;
+    uint64_t *full, *empty;
+    /* the walk through the table */
+    const uint2 *next;              /* entry of `page` */
+    int list, page, stop, end_page; /* stop: pages of the list that may be read now; end_page: that belong to the run */
+    int end_list, last_page;
+    int pushed, popped;        /* table entries */
+    bool waited, ended, loose; /* loose: an entry was asked for that turned out to be none */
+    /* the piece that is next; of no bytes: there is none */
+    const char *from;
+    int bytes;
+    page_note note;    /* where the piece is a page's first */
+    bool ready, first; /* there is a next piece; it is a page's first */
+    /* those behind it */
+    const char *value;
+    half_facts k, v;
+    int place, pieces;
+    int fill, parity; /* the slot that is filled next */
+
+    __device__ __forceinline__ fetcher(const attend_job &a, const rings &all, int which)
+        : a(a), all(all), served(which * LANES + (threadIdx.x & 31)), entries(all.entries + served * AHEAD),
+          full(all.full + served * all.count), empty(all.empty + served * all.count), page(0), stop(0), end_page(0),
+          pushed(0), popped(0), waited(!a.early), ended(false), loose(false), bytes(0), ready(false), first(false),
+          value(nullptr), place(0), pieces(0), fill(0), parity(1) {
+#if __CUDA_ARCH__ >= 900
+        asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+#endif
+    }
+
+    __device__ __forceinline__ page_entry *entry(int i) const { return entries + (i & (AHEAD - 1)); }
+
+    /* Asks for an entry, past the L1 cache, which may hold it as it was. */
+    __device__ __forceinline__ void ask(const uint2 *where) {
+        page_entry *to = entry(pushed);
+        if (loose) asm volatile("cp.async.wait_group 0;" ::: "memory"); /* it goes to the same place */
+        loose = false;
+        const int which = (int)((uintptr_t)where >> 3 & 1);
+        asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(to->pair)), "l"(where - which)
+                     : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        to->list = list, to->page = page, to->which = which;
+    }
+
+    /* Pages of the list that may be read now. */
+    __device__ __forceinline__ int known() const {
+        const kvc_share *shares = (const kvc_share *)(a.division + 4);
+        return waited ? __ldcg(&a.lists[list].pages) : shares[list].fixed_pages;
+    }
+
+    /* To a list's page; its entry is asked for before it is known whether there is such a page. */
+    __device__ __forceinline__ void open(int which, int begin) {
+        list = which;
+        page = begin + served;
+        end_page = which == end_list ? last_page : NO_LIST;
+        next = (const uint2 *)a.table + (int64_t)list * a.capacity + page;
+        if (a.capacity > 0) ask(next - max(0, page - (a.capacity - 1)));
+        stop = min(min(end_page, known()), a.capacity);
+        if (page < stop)
+            step();
+        else
+            loose = true;
+    }
+
+    __device__ __forceinline__ void step() { pushed++, page += WARPS, next += WARPS; }
+
+    /* Asks for further entries; true where the walk goes on only after the kernel before. */
+    __device__ __forceinline__ bool push() {
+#pragma unroll 1
+        while (!ended && pushed - popped < AHEAD) {
+            if (page < stop) {
+                ask(next);
+                step();
+            } else if (!waited && end_page > stop) { /* the tail, which that kernel may have changed */
+                return true;
+            } else if (list >= end_list) {
+                ended = true;
+            } else {
+                open(list + 1, 0);
+            }
+        }
+        return false;
+    }
+
+    __device__ __forceinline__ void wait() {
+        wait_for_previous();
+        waited = true;
+        if (end_page > stop) {
+            stop = min(min(end_page, known()), a.capacity);
+            if (page >= stop) end_page = stop;
+        }
+    }
+
+    /* The oldest entry becomes the page whose pieces are next; an entry that is none is passed over. */
+    __device__ __forceinline__ void pop() {
+        if (pushed - popped == AHEAD)
+            asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
+        else
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
+        const page_entry *oldest = entry(popped++);
+        const uint2 word = oldest->pair[oldest->which];
+        const int k_bits = word.y & 0xff, v_bits = word.y >> 8 & 0xff, tokens = word.y >> 16 & 0xff;
+        const bool tail = (word.y & 0xffff) == 0x1010;
+        if (k_bits > 16 || v_bits > 16 || tokens == 0 || tokens > (tail ? 16 : 64)) return;
+        k = a.halves[tail ? 17 : k_bits];
+        v = a.halves[tail ? 17 : v_bits];
+        const int64_t at = (int64_t)word.x * KVC_UNIT;
+        if (k.bytes == 0 || v.bytes == 0 || at + k.bytes + v.bytes > a.arena_bytes) return;
+        from = a.arena + at;
+        value = from + k.bytes;
+        bytes = k.pieces == 1 ? k.bytes : k.step;
+        pieces = k.pieces + v.pieces;
+        const bool joint = k.bytes + v.bytes <= SLOT && k_bits <= 8 && v_bits <= 8;
+        if (joint) pieces = 1, bytes = k.bytes + v.bytes;
+        note = page_note{oldest->list, oldest->page, word.y, joint ? k.bytes : 0};
+        place = 1;
+        ready = first = true;
+    }
+
+    /* The page's next piece. V's come last first: its scales are wanted before its codes. */
+    __device__ __forceinline__ void turn() {
+        ready = true, first = false;
+        if (pieces == 2) {
+            from = value, bytes = v.bytes;
+        } else if (place < k.pieces) {
+            from += k.step;
+            bytes = place == k.pieces - 1 ? k.bytes - place * k.step : k.step;
+        } else {
+            const int i = place - k.pieces, which = i == 0 ? v.pieces - 1 : i - 1;
+            from = value + which * v.step;
+            bytes = which == v.pieces - 1 ? v.bytes - which * v.step : v.step;
+        }
+        place++;
+    }
+
+    /* Requests the piece into the slot that is free. */
+    __device__ __forceinline__ void request(bool go) {
+        char *const slot = all.slots + (served * all.count + fill) * SLOT;
+        const uint64_t *const bar = full + fill;
+        if (go) {
+            if (first)
+                *(int4 *)(all.notes + served * all.count + fill) =
+                    make_int4(note.list, note.page, (int)note.kind, note.joint);
+#if __CUDA_ARCH__ >= 900
+            if (bytes) {
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(shared_address(bar)),
+                             "r"(bytes)
+                             : "memory");
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                             "[%0],[%1],%2,[%3],%4;" ::"r"(shared_address(slot)),
+                             "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+                             : "memory");
+            } else {
+                arrive(bar);
+            }
+#else
+            arrive(bar);
+#endif
+            if (++fill == all.count) fill = 0, parity ^= 1;
+            ready = false;
+        }
+#if __CUDA_ARCH__ < 900
+        unsigned lanes = __ballot_sync(ALL, go);
+#pragma unroll 1
+        while (lanes) { /* all lanes copy for one */
+            const int one = __ffs(lanes) - 1;
+            lanes &= lanes - 1;
+            const char *source = (const char *)__shfl_sync(ALL, (unsigned long long)from, one);
+            const uint32_t to = __shfl_sync(ALL, shared_address(slot), one);
+            const uint32_t done = __shfl_sync(ALL, shared_address(bar), one);
+            const int size = __shfl_sync(ALL, bytes, one);
+            for (int i = (threadIdx.x & 31) * 16; i < size; i += 512)
+                asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i), "l"(source + i) : "memory");
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(done) : "memory");
+        }
+#endif
+    }
+
+    __device__ __forceinline__ void fetch(const kvc_run &run) {
+        end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
+        last_page = run.end_page > 0 ? run.end_page : NO_LIST;
+        bool done = (threadIdx.x & 31) >= LANES;
+        if (!done) open(run.first_list, run.first_page);
+#pragma unroll 1
+        while (!__all_sync(ALL, done)) {
+            const bool go = ready && has_passed(empty + fill, parity);
+            const bool last = go && bytes == 0;
+            request(go);
+            done = done || last;
+            bool wants = false, moved = go;
+            if (!ready && !done) {
+                if (place < pieces) {
+                    turn();
+                } else {
+                    wants = push();
+                    if (popped < pushed) {
+                        pop();
+                        moved = true;
+                    } else if (ended) {
+                        note.list = NO_LIST;
+                        bytes = 0;
+                        ready = first = true;
+                    }
+                }
+            }
+            /* As late as possible. A lane that waits for a slot must not hold the others up: its warp may wait for
+             * theirs. */
+            if (!__any_sync(ALL, moved)) {
+                if (!waited && __any_sync(ALL, wants && !ready))
+                    wait();
+                else
+                    __nanosleep(64);
+            }
+        }
     }
 };
 

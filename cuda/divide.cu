@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     __shared__ int used;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n = a.n;
     int32_t *const out = a.divisions + blockIdx.x * a.words;
-    kvc_run *const runs = (kvc_run *)(out + 4);
+    kvc_share *const shares = (kvc_share *)(out + 4);
+    kvc_run *const runs = (kvc_run *)(shares + n);
     const kvc_page *const table = a.tables + (int64_t)blockIdx.x * n * a.capacity;
     const kvc_list *const lists = a.lists + (int64_t)blockIdx.x * n;
     if (threadIdx.x == 0) largest = 0;
@@ -176,8 +177,8 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
         for (int i = threadIdx.x; i < n; i += THREADS) {
             const int pages = min(lists[i].pages, a.capacity);
             const int blocks = cut(costs[i], apart);
-            /* the cost is wanted again: it lies in what will be shares until then */
-            ((kvc_share *)(runs + a.blocks))[i].reserved = (int32_t)costs[i];
+            /* the cost is wanted again: it lies in its share until then */
+            shares[i].reserved = (int32_t)costs[i];
             costs[i] = max(1, min(blocks, pages));
         }
         __syncthreads();
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
                     high = middle;
             }
             const int of = (low + 1 < n ? (int)costs[low + 1] : blocks) - (int)costs[low], k = b - (int)costs[low];
-            const uint32_t cost = (uint32_t)((kvc_share *)(runs + a.blocks))[low].reserved;
+            const uint32_t cost = (uint32_t)shares[low].reserved;
             const int page = k ? page_at(a, table + (int64_t)low * a.capacity, min(lists[low].pages, a.capacity),
                                          (uint32_t)((uint64_t)cost * k / of))
                                : 0;
@@ -251,7 +252,6 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     }
     __syncthreads();
     const int blocks = used;
-    kvc_share *const shares = (kvc_share *)(runs + blocks);
     for (int b = threadIdx.x; b < blocks; b += THREADS)
         runs[b] = kvc_run{(int)starts[b].x, (int)starts[b].y, (int)starts[b + 1].x, (int)starts[b + 1].y};
     for (int i = threadIdx.x; i < n; i += THREADS) {

@@ -61,7 +61,7 @@ def divide(layers: list[list[list[Page]]]) -> tuple[list[Division], np.ndarray[A
 def read(row: np.ndarray[Any, Any]) -> Division:
     blocks, lists = row[:2]
     assert not row[2:4].any() and blocks >= 1
-    runs, shares = row[4 : 4 + 4 * blocks], row[4 + 4 * blocks : 4 + 4 * (blocks + lists)]
+    shares, runs = row[4 : 4 + 4 * lists], row[4 + 4 * lists : 4 + 4 * (lists + blocks)]
     return Division(runs.reshape(-1, 4), shares.reshape(-1, 4))
 
 
@@ -211,7 +211,7 @@ def test_refusals() -> None:
         ("lists: expected shape ", (divisions, tables, lists[:, :2].contiguous(), LAYOUT)),
         ("tables: expected shape ", (divisions, tables[0], lists, LAYOUT)),
         ("tables: expected the device of divisions .cuda:0., got cpu:0", (divisions, tables.cpu(), lists, LAYOUT)),
-        ("layout: ", (divisions, tables, lists, (128, 48, 1, 1, 0))),
+        ("group: ", (divisions, tables, lists, (128, 48, 1, 1, 0))),
     ):
         with pytest.raises(ValueError, match=rf"^divide: {message}"):
             _C.divide(*arguments)

@@ -7,8 +7,8 @@
  *
  * A division is `w` int32 words a layer, w = kvc_divide_words:
  *   word 0: blocks; 1: lists; 2, 3: 0
- *   kvc_run [blocks]: the blocks' runs
  *   kvc_share [lists]: which blocks a list's pages lie in
+ *   kvc_run [blocks]: the blocks' runs
  * Errors: ESHAPE, EDTYPE, EDEVICE, EINVAL. CUDA only: the CPU's attend divides by itself. */
 #pragma once
 #include "format.h"
