@@ -12,6 +12,7 @@
 #include "pack_host.cuh"
 #include "pack_stage.cuh"
 #include "pack_steps.cuh"
+#include "score_common.cuh"
 
 namespace {
 
@@ -120,29 +121,12 @@ __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
 
 /* ---- launches */
 
-struct named {
-    const char *name;
-    const kvc_tensor *tensor;
-};
-
-kvc_status check_devices(const char *op, const named *tensors, int count) {
-    for (int i = 0; i < count; i++) {
-        const kvc_tensor *t = tensors[i].tensor;
-        KVC_CHECK(t->device == KVC_CUDA, KVC_EDEVICE, "%s: %s: expected a CUDA tensor, got one on the CPU", op,
-                  tensors[i].name);
-        KVC_CHECK(t->device_id == tensors[0].tensor->device_id, KVC_EDEVICE,
-                  "%s: %s: expected the device of %s, cuda:%d, got cuda:%d", op, tensors[i].name, tensors[0].name,
-                  tensors[0].tensor->device_id, t->device_id);
-    }
-    return KVC_OK;
-}
-
 /* pack's and unpack's argument structs share these names. */
 template <typename arguments> kvc_status make_call(const char *op, const arguments *args, call *out) {
-    const named tensors[] = {{"arena", &args->arena},  {"keys", &args->keys},   {"values", &args->values},
-                             {"pages", &args->pages},  {"lists", &args->lists}, {"start", &args->start},
-                             {"tokens", &args->tokens}};
-    KVC_TRY(check_devices(op, tensors, sizeof tensors / sizeof *tensors));
+    const kvc_named tensors[] = {{"arena", &args->arena},  {"keys", &args->keys},   {"values", &args->values},
+                                 {"pages", &args->pages},  {"lists", &args->lists}, {"start", &args->start},
+                                 {"tokens", &args->tokens}};
+    KVC_TRY(kvc_cuda_check(op, tensors, sizeof tensors / sizeof *tensors));
     KVC_CHECK(args->pages.shape[0] <= INT32_MAX, KVC_ESHAPE, "%s: pages: expected fewer than 2^31, got %lld", op,
               (long long)args->pages.shape[0]);
     KVC_CHECK(args->keys.shape[0] * args->keys.shape[1] <= INT32_MAX && args->keys.shape[2] <= INT32_MAX, KVC_ESHAPE,

@@ -369,9 +369,8 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         for (int i = 0; i < TILES / 2; i++) rows[r][i] = tokens[r] >= 0 ? __ldcs(in + 4 * i) : make_uint4(0, 0, 0, 0);
     }
     const bool range = SEARCH || a.scale == KVC_SCALE_MINMAX || bits >= 8;
-    const bool sigma = SEARCH ? kvc_search_sigma(bits, CHANNELS) : !range;
     token_facts facts;
-    scale_rows<TILES, HALF>(facts, rows, sigma, zero_point);
+    scale_rows<TILES, HALF>(facts, rows, !range, zero_point);
     facts.mid = tokens[lane >> 1 & 1] >= 0 ? mid : 0.0f;
     if (VALUE) { /* from the quad that loaded the token to the lanes that own it */
         const int token = owned_token<1>(lane), from = 4 * (token & 7) + (token >> 3) * 2;
@@ -379,7 +378,7 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         facts.row.factor = __shfl_sync(ALL, facts.row.factor, from);
         facts.row.first = __shfl_sync(ALL, facts.row.first, from);
         if (SEARCH) facts.row.first_unit = __shfl_sync(ALL, facts.row.first_unit, from);
-        if (sigma) facts.row.squares = __shfl_sync(ALL, facts.row.squares, from);
+        if (!range) facts.row.squares = __shfl_sync(ALL, facts.row.squares, from);
     }
     facts.row.factor *= SCALE; /* as y */
 
@@ -389,18 +388,18 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, 0);
         rotate_tiles<TILES, HALF, VALUE>(held[1], rows, matrix, matrix.odd);
     }
-    const auto each_y = [&](auto visit) { /* visit(odd, y) */
-                                          if constexpr (HOLD<TILES, SEARCH>) {
-                                              visit(0, held[0]);
-                                              visit(1, held[1]);
-                                          } else {
+    /* visit(odd, y) */
+    const auto each_y = [&](auto visit) {
+        if constexpr (HOLD<TILES, SEARCH>) {
+            visit(0, held[0]);
+            visit(1, held[1]);
+        } else {
 #pragma unroll 1
-                                              for (int odd = 0; odd < 2; odd++) {
-                                                  rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix,
-                                                                                   odd ? matrix.odd : 0);
-                                                  visit(odd, held[0]);
-                                              }
-                                          }
+            for (int odd = 0; odd < 2; odd++) {
+                rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, odd ? matrix.odd : 0);
+                visit(odd, held[0]);
+            }
+        }
     };
     /* At every owner: the line that makes codes; at every lane: those of its slots. */
     float slope[SLOTS<VALUE>], offset[SLOTS<VALUE>];
@@ -438,13 +437,13 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         sigma_of_facts<TILES>(scales.scale[0], scales.zero[0], facts.row, bits, zero_point);
     }
     if constexpr (SEARCH) {
-        float other[2] = {INFINITY, 0.0f};
-        if (sigma) sigma_of_facts<TILES>(other[0], other[1], facts.row, bits, zero_point);
-        search_start(scales.scale[0], scales.zero[0], other, sigma, bits, CHANNELS, zero_point);
-        round_to_stored<LAYOUT_STEP>(scales, whole, a.layout);
+        const float mean = facts.row.first_unit * (1.0f / SCALE);
+        search_start(scales.scale[0], scales.zero[0], mean, facts.row.factor, bits, CHANNELS, zero_point);
         spread_line(scales, mid);
         const float half = (float)(1 << (bits - 1));
-        float k[SLOTS<VALUE>] = {}, kk[SLOTS<VALUE>] = {}, sums[2][4] = {};
+        /* k is summed as bits of floats that hold codes in their lowest: one instruction adds two. */
+        uint32_t bit_sums[SLOTS<VALUE>] = {};
+        float k[SLOTS<VALUE>], kk[SLOTS<VALUE>] = {}, sums[2][4] = {};
         each_y([&](int, const float (&y)[2][TILES / 2][4]) {
 #pragma unroll
             for (int n = 0; n < 2; n++)
@@ -454,21 +453,24 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
                     float chain = 0.0f;
 #pragma unroll
                     for (int u = 0; u < TILES / 2; u++) {
-                        const float v = __fmaf_rn(y[n][u][c], slope[at], offset[at]);
-                        const float code = code_of(v, most) - (MAGIC + half);
-                        k[at] += code;
+                        const float above = code_of(__fmaf_rn(y[n][u][c], slope[at], offset[at]), most);
+                        const float code = above - (MAGIC + half);
+                        bit_sums[at] += __float_as_uint(above);
                         kk[at] = __fmaf_rn(code, code, kk[at]);
                         chain = __fmaf_rn(code, y[n][u][c], chain);
                     }
                     sums[n][c] += chain;
                 }
         });
+        constexpr int EACH = 8 * TILES / SLOTS<VALUE>;
+#pragma unroll
+        for (int i = 0; i < SLOTS<VALUE>; i++) k[i] = (float)(int)(bit_sums[i] - EACH * MAGIC_BITS) - EACH * half;
         const auto add = [](float a, float b) { return a + b; };
         const float sum_k = to_owner<VALUE>(k, lane, add), sum_kk = to_owner<VALUE>(kk, lane, add);
-        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane),
-              facts.row.first_unit * (1.0f / SCALE), (float)CHANNELS, facts.row.factor, true);
+        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane), mean, bits, CHANNELS,
+              facts.row.factor, true);
     }
-    round_to_stored<LAYOUT_STEP>(scales, whole, a.layout);
+    round_to_stored<LAYOUT_STEP>(scales, whole, a.layout, bits);
     spread_line(scales, facts.mid);
     if (writes<VALUE>(lane)) {
         const int row = KVC_TILE * tile + owned_token<VALUE>(lane);

@@ -147,6 +147,7 @@ template <int TILES> __device__ void rotate_row(float (&x)[TILES][4]) {
 }
 
 constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum */
+constexpr uint32_t MAGIC_BITS = 0x4b400000;
 
 /* What y of pack.h is to be multiplied by, and where the row before the rotation tells mean and sigma, what it tells.
  */
@@ -311,11 +312,11 @@ template <int GROUPS> struct affine {
 };
 
 /* kvc_e5m3_round, once a group. */
-template <int GROUPS> __device__ void round_to_e5m3(affine<GROUPS> &v, const grouping &g) {
+template <int GROUPS> __device__ void round_to_e5m3(affine<GROUPS> &v, const grouping &g, int bits) {
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
         if (begins<GROUPS>(g, k)) {
-            kvc_e5m3_round(&v.scale[k], &v.zero[k]);
+            kvc_e5m3_round(&v.scale[k], &v.zero[k], bits);
         } else {
             v.scale[k] = v.scale[k ? k - 1 : 0];
             v.zero[k] = v.zero[k ? k - 1 : 0];
@@ -334,16 +335,6 @@ __device__ void minmax_step(float &scale, float &zero, float low, float high, fl
     const float levels = (float)((1 << bits) - 1), most = -low > high ? -low : high;
     zero = zero_point ? (low + high) * 0.5f * factor : 0.0f;
     scale = (zero_point ? high - low : most + most) * factor / levels;
-}
-
-/* Where search starts, from min-max's scale and zero, and (`with_sigma`) sigma's. */
-__device__ void search_start(float &scale, float &zero, const float (&sigma)[2], bool with_sigma, int bits,
-                             int channels, bool zero_point) {
-    scale *= kvc_search_factor(bits, channels, zero_point);
-    if (with_sigma) {
-        scale = sigma[0] < scale ? sigma[0] : scale;
-        zero = (sigma[1] + zero) * 0.5f;
-    }
 }
 
 template <int TILES, int GROUPS>
@@ -434,78 +425,90 @@ __device__ float code_of(float v, float most) { return __fmaf_rn(__saturatef(v),
 constexpr int LAYOUT_STEP = -1; /* STEP: what the layout says, at run time */
 
 template <int STEP, int GROUPS>
-__device__ void round_to_stored(affine<GROUPS> &v, const grouping &g, const kvc_layout &layout) {
+__device__ void round_to_stored(affine<GROUPS> &v, const grouping &g, const kvc_layout &layout, int bits) {
     if (STEP == KVC_STEP_E5M3 || (STEP == LAYOUT_STEP && layout.scale_dtype == KVC_STEP_E5M3)) {
-        round_to_e5m3(v, g);
+        round_to_e5m3(v, g, bits);
     } else {
         each_group(v.scale, g, stored);
         each_group(v.zero, g, stored);
     }
 }
 
-/* t of pack.h's search, and from it a scale and a zero; where they are none, those of the start stay. mean: of y;
- * symmetric: y's sum. */
-__device__ void refit(float &scale, float &zero, float k, float kk, float ky, float mean, float n, float factor,
-                      bool zero_point) {
-    float t, fitted_zero = 0.0f;
-    if (zero_point) {
-        const float m = k / n;
-        t = __fmaf_rn(-k, mean, ky) / __fmaf_rn(-m, k, kk);
-        fitted_zero = __fmaf_rn(-t, m + 0.5f, mean) * factor;
-    } else {
-        t = __fmaf_rn(0.5f, mean, ky) / (kk + k + 0.25f * n);
-    }
-    const float fitted = t * factor;
-    if (t > 0.0f && fitted > 0.0f && fitted < INFINITY) {
-        scale = fitted;
-        zero = fitted_zero;
-    }
+/* Where search starts, from min-max's scale and zero. */
+__device__ void search_start(float &scale, float &zero, float mean, float factor, int bits, int channels,
+                             bool zero_point) {
+    const float part = kvc_search_mean(bits, channels);
+    scale *= kvc_search_factor(bits, channels, zero_point);
+    if (zero_point && part > 0.0f) zero = __fmaf_rn(part, mean * factor - zero, zero);
+}
+
+/* From a start to (nearly) the scale and zero of least squared error for its codes; y: the mean, or (symmetric) the
+ * sum. Gives what the fit explains of the squares, or -1, where there is none and the start stays. */
+__device__ float refit(float &scale, float &zero, float k, float kk, float ky, float y, int bits, int channels,
+                       float factor, bool zero_point) {
+    const float n = (float)channels, m = k / n, c = zero_point ? __fmaf_rn(-k, y, ky) : __fmaf_rn(0.5f, y, ky);
+    const float t = c / (zero_point ? __fmaf_rn(-m, k, kk) : kk + k + 0.25f * n), fit = t * factor;
+    if (!(t > 0.0f && fit > 0.0f && fit < INFINITY)) return -1.0f;
+    const float step = kvc_search_step(scale, fit, bits, channels, zero_point);
+    if (zero_point) zero = __fmaf_rn(step, __fmaf_rn(-t, m + 0.5f, y) * factor - zero, zero);
+    scale = __fmaf_rn(step, fit - scale, scale);
+    return c * t;
 }
 
 template <int TILES, int GROUPS, int STEP>
 __device__ void fit_search(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
                            const row_facts &f) {
+    const float symmetric[] = KVC_SEARCH_STARTS;
     const int channels = GROUPS == 1 ? TILES * KVC_TILE : g.channels;
     const float n = (float)channels, mid = kvc_mid(bits), most = 2.0f * mid, half = (float)(1 << (bits - 1));
     const bool zero_point = a.layout.zero_point;
-    fit_minmax<TILES, GROUPS>(out, x, a, g, bits, f.factor);
-    const bool with_sigma = kvc_search_sigma(bits, channels);
-    affine<GROUPS> sigma = {};
-    if (with_sigma) fit_sigma<TILES, GROUPS>(sigma, x, a, g, bits, f);
-#pragma unroll
-    for (int k = 0; k < GROUPS; k++) {
-        const float other[2] = {sigma.scale[k], sigma.zero[k]};
-        search_start(out.scale[k], out.zero[k], other, with_sigma, bits, channels, zero_point);
-    }
-    round_to_stored<STEP>(out, g, a.layout);
-    const line<GROUPS> at = encoder<GROUPS>(out, g, f.factor).at(mid, most);
-    float codes[TILES][4], squares[TILES][4], k[GROUPS], kk[GROUPS], ky[GROUPS], y[GROUPS];
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            codes[j][i] = code_of(at(x[j][i], j), most) - (MAGIC + half);
-            squares[j][i] = codes[j][i] * codes[j][i];
-        }
-    sum_groups_32<TILES, GROUPS, false>(ky, codes, x, g);
-    sum_groups_32<TILES, GROUPS, true>(kk, squares, squares, g);
-    sum_groups_32<TILES, GROUPS, true>(k, codes, codes, g);
+    const int starts = zero_point ? 1 : (int)(sizeof symmetric / sizeof *symmetric);
+    float y[GROUPS], explained[GROUPS];
     if (zero_point && GROUPS == 1 && f.whole) {
         y[0] = f.first_unit;
     } else {
         sum_groups_32<TILES, GROUPS, true>(y, x, x, g);
         if (zero_point) each_group(y, g, [=](float sum) { return sum / n; });
     }
+    affine<GROUPS> range;
+    fit_minmax<TILES, GROUPS>(range, x, a, g, bits, f.factor);
 #pragma unroll
-    for (int i = 0; i < GROUPS; i++) {
-        if (begins<GROUPS>(g, i)) {
-            refit(out.scale[i], out.zero[i], k[i], kk[i], ky[i], y[i], n, f.factor, zero_point);
-        } else {
-            out.scale[i] = out.scale[i ? i - 1 : 0];
-            out.zero[i] = out.zero[i ? i - 1 : 0];
+    for (int k = 0; k < GROUPS; k++) {
+        search_start(range.scale[k], range.zero[k], y[k], f.factor, bits, channels, zero_point);
+        explained[k] = -1.0f;
+    }
+    out = range;
+#pragma unroll 1
+    for (int i = 0; i < starts; i++) {
+        affine<GROUPS> start = range;
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) start.scale[k] *= symmetric[i];
+        const line<GROUPS> at = encoder<GROUPS>(start, g, f.factor).at(mid, most);
+        float codes[TILES][4], k[GROUPS], kk[GROUPS], ky[GROUPS];
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) codes[j][e] = code_of(at(x[j][e], j), most) - (MAGIC + half);
+        sum_groups_32<TILES, GROUPS, false>(ky, codes, x, g);
+        sum_groups_32<TILES, GROUPS, false>(kk, codes, codes, g);
+        sum_groups_32<TILES, GROUPS, true>(k, codes, codes, g);
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) {
+            if (begins<GROUPS>(g, j)) {
+                const float now = refit(start.scale[j], start.zero[j], k[j], kk[j], ky[j], y[j], bits, channels,
+                                        f.factor, zero_point);
+                if (now > explained[j]) {
+                    explained[j] = now;
+                    out.scale[j] = start.scale[j];
+                    out.zero[j] = start.zero[j];
+                }
+            } else {
+                out.scale[j] = out.scale[j ? j - 1 : 0];
+                out.zero[j] = out.zero[j ? j - 1 : 0];
+            }
         }
     }
-    round_to_stored<STEP>(out, g, a.layout);
+    round_to_stored<STEP>(out, g, a.layout, bits);
 }
 
 template <int TILES, int GROUPS, bool SEARCH, int STEP = LAYOUT_STEP>
@@ -518,7 +521,7 @@ __device__ void fit(affine<GROUPS> &out, const float (&x)[TILES][4], const call 
             fit_minmax<TILES, GROUPS>(out, x, a, g, bits, f.factor);
         else
             fit_sigma<TILES, GROUPS>(out, x, a, g, bits, f);
-        round_to_stored<STEP>(out, g, a.layout);
+        round_to_stored<STEP>(out, g, a.layout, bits);
     }
 }
 

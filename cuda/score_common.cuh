@@ -1,4 +1,4 @@
-/* score_common.cuh: what score, norms, accumulate and select ask of their tensors' devices. */
+/* score_common.cuh: what score, norms, accumulate, select and pack ask of their tensors' devices. */
 #pragma once
 #include "common.cuh"
 

@@ -230,13 +230,15 @@ def to_e5m3(x: Array) -> Array:
     return np.where((high < low) | (high == low) & (above % 2 == 0), above, above - 1)
 
 
-def stored(scale: Array, zero: Array, scale_dtype: int) -> tuple[Array, Array]:
+def stored(scale: Array, zero: Array, scale_dtype: int, bits: int) -> tuple[Array, Array]:
     """Scale and zero as float32 of what the layout stores."""
     if scale_dtype == FP16:
         return tuple(from_half(to_half(x, FLOAT16), FLOAT16) for x in (scale, zero))
     far = np.abs(zero)
-    code = to_e5m3(np.fmax(scale, far / np.float32(15.875)))
-    short = far > np.float32(15.875) * E5M3_VALUES[code].astype(np.float32) + np.float32(2.0**-18)
+    wanted = np.fmax(scale, far / np.float32(15.875))
+    code = to_e5m3(wanted)
+    nearest = E5M3_VALUES[code].astype(np.float32)
+    short = nearest < wanted if bits == 8 else far > np.float32(15.875) * nearest + np.float32(2.0**-18)
     code = np.where(short, np.minimum(code + 1, 247), code)
     scale = E5M3_VALUES[code].astype(np.float32)
     eighths = np.divide(zero * np.float32(8), scale, out=np.zeros_like(scale), where=scale > 0)
@@ -291,22 +293,23 @@ def fit_sigma(x: Rows, bits: int, zero_point: int) -> tuple[Array, Array]:
     return step * sigma, mean * x.factor
 
 
-def refit(x: Rows, scale: Array, zero: Array, bits: int, zero_point: int) -> tuple[Array, Array]:
-    """The scale and zero of least squared error for the codes that these ones give."""
-    n = np.float32(x.y.shape[1])
+def refit(x: Rows, y: Array, scale: Array, zero: Array, bits: int, zero_point: int) -> tuple[Array, Array, Array]:
+    """Toward the scale and zero of least squared error for the codes that these give, and what the fit explains of the
+    squares (-1: none, and the start stays). y: the mean, or (symmetric) the sum."""
+    channels = x.y.shape[1]
+    n = np.float32(channels)
     k = encode(x, scale, zero, bits) - np.float32(2 ** (bits - 1))
     sum_k, sum_kk, sum_ky = k.sum(1), (k * k).sum(1), total_of_32(x.y, k)
-    if zero_point:
-        m = sum_k / n
-        mean = total_of_32(x.y) / n if x.before is None else x.before[:, 0] / x.unit
-        t = fma(-sum_k, mean, sum_ky) / fma(-m, sum_k, sum_kk)
-        best = fma(-t, m + np.float32(0.5), mean) * x.factor
-    else:
-        t = fma(total_of_32(x.y), np.float32(0.5), sum_ky) / (sum_kk + sum_k + np.float32(0.25) * n)
-        best = np.zeros_like(zero)
-    fitted = t * x.factor
-    good = (t > 0) & (fitted > 0) & (fitted < np.inf)
-    return np.where(good, fitted, scale), np.where(good, best, zero)
+    m = sum_k / n
+    c = fma(-sum_k, y, sum_ky) if zero_point else fma(y, np.float32(0.5), sum_ky)
+    t = c / (fma(-m, sum_k, sum_kk) if zero_point else sum_kk + sum_k + np.float32(0.25) * n)
+    found = t * x.factor
+    good = (t > 0) & (found > 0) & (found < np.inf)
+    beyond = np.float32(1.5 if channels <= 32 or not zero_point else 2 if channels < 128 else 2.5)
+    step = np.where(np.abs(found - scale) * np.float32(2 << bits) > scale, np.float32(1), beyond)
+    there = fma(-t, m + np.float32(0.5), y) * x.factor if zero_point else zero
+    moved = fma(step, found - scale, scale), fma(step, there - zero, zero)
+    return np.where(good, moved[0], scale), np.where(good, moved[1], zero), np.where(good, c * t, np.float32(-1))
 
 
 def encode(x: Rows, scale: Array, zero: Array, bits: int, uniform: Array | None = None) -> Array:
@@ -322,24 +325,35 @@ def decode(codes: Array, scale: Array, zero: Array, bits: int) -> Array:
     return zero[:, None] + scale[:, None] * (codes.astype(np.float32) - middle(bits))
 
 
-# By bits, for groups of up to 32, 96, 128, 256 channels.
-SEARCH_FACTORS = {2: (0.78, 0.7, 0.7, 0.7), 3: (0.92, 0.85, 0.8, 0.76), 4: (0.98, 0.94, 0.94, 0.9), 8: (1, 1, 1, 1)}
+# By bits, for groups of up to 32, 64, 128, 256 channels.
+SEARCH_FACTORS = {2: (0.76, 0.64, 0.59, 0.54), 3: (0.92, 0.87, 0.79, 0.73), 4: (0.96, 0.96, 0.94, 0.9), 8: (1, 1, 1, 1)}
+SYMMETRIC_STARTS = (1, 0.65, 0.8, 0.9, 1.12, 1.25)
+
+
+def search(x: Rows, bits: int, zero_point: int) -> tuple[Array, Array]:
+    n = x.y.shape[1]
+    y = x.before[:, 0] / x.unit if zero_point and x.before is not None else total_of_32(x.y)
+    if zero_point and x.before is None:
+        y = y / np.float32(n)
+    scale, zero = fit_minmax(x, bits, zero_point)
+    factor = np.float32(SEARCH_FACTORS[bits][(n > 32) + (n > 64) + (n > 128)])
+    scale = scale * (factor if zero_point or bits > 3 else np.float32(0.9) * factor)
+    part = 0.5 if bits == 2 and n > 32 else 0.25 if bits == 3 and n > 64 else 0
+    if zero_point and part:
+        zero = fma(np.float32(part), y * x.factor - zero, zero)
+    best, best_zero, most = scale, zero, np.full(len(y), -1, np.float32)
+    for times in (1,) if zero_point else SYMMETRIC_STARTS:
+        one, its_zero, explained = refit(x, y, scale * np.float32(times), zero, bits, zero_point)
+        better = explained > most
+        best, best_zero = np.where(better, one, best), np.where(better, its_zero, best_zero)
+        most = np.where(better, explained, most)
+    return best, best_zero
 
 
 def fit(x: Rows, bits: int, layout: Layout, kind: int) -> tuple[Array, Array]:
     """Scale and zero, as stored, of every row of one group of channels."""
-    n = x.y.shape[1]
-    if kind != SEARCH:
-        base = fit_minmax if kind == MINMAX or bits == 8 else fit_sigma
-        return stored(*base(x, bits, layout.zero_point), layout.scale_dtype)
-    scale, zero = fit_minmax(x, bits, layout.zero_point)
-    factor = np.float32(SEARCH_FACTORS[bits][(n > 32) + (n > 96) + (n > 128)])
-    scale = scale * (factor if layout.zero_point or bits == 8 else np.float32(0.95) * factor)
-    if bits == 2 and n > 32:
-        other = fit_sigma(x, bits, layout.zero_point)
-        scale, zero = np.minimum(scale, other[0]), (zero + other[1]) * np.float32(0.5)
-    start = stored(scale, zero, layout.scale_dtype)
-    return stored(*refit(x, *start, bits, layout.zero_point), layout.scale_dtype)
+    base = search if kind == SEARCH else fit_minmax if kind == MINMAX or bits == 8 else fit_sigma
+    return stored(*base(x, bits, layout.zero_point), layout.scale_dtype, bits)
 
 
 def philox_uniform(seed: int, layer: int, list_index: int, rows: Array, channels: int) -> Array:

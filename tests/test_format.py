@@ -172,8 +172,8 @@ E5M3_LIBRARY = r"""
 #include "kvcomp/pack.h"
 uint32_t encode(float scale) { return kvc_float_to_e5m3(scale); }
 float decode(uint32_t code) { return kvc_e5m3_to_float(code); }
-uint32_t rounded(float *pair) {
-    kvc_e5m3_round(pair, pair + 1);
+uint32_t rounded(float *pair, int bits) {
+    kvc_e5m3_round(pair, pair + 1, bits);
     return kvc_e5m3_pair(pair[0], pair[1]);
 }
 float zero(float scale, uint32_t byte) { return kvc_e5m3_zero(scale, byte); }
@@ -249,12 +249,14 @@ def test_e5m3_is_the_nearest(e5m3: Any, scale: float) -> None:
 @example(float("inf"), -1e30)
 def test_e5m3_scale_and_zero(e5m3: Any, scale: float, zero: float) -> None:
     """pack.h's text: the reference's pair; bytes that give it back; a zero within a sixteenth of a step."""
-    pair = (ctypes.c_float * 2)(scale, zero)
-    raw = e5m3.rounded(pair)
-    expected = stored(np.array([float32(scale)]), np.array([float32(zero)]), E5M3)
-    assert pair[0] == expected[0][0] and pair[1] == expected[1][0]
-    assert e5m3.decode(raw & 255) == pair[0] and e5m3.zero(pair[0], raw >> 8) == pair[1]
-    if pair[0] < 61440:
-        assert abs(pair[1] - zero) <= max(pair[0] / 16, 2.0**-18) * (1 + 1e-6)
-    assert pair[0] <= max(e5m3.decode(e5m3.encode(scale)), abs(zero) / 15.875 * 1.125 + 2.0**-17)
-    assert pair[0] >= e5m3.decode(e5m3.encode(scale))
+    for bits in 4, 8:
+        pair = (ctypes.c_float * 2)(scale, zero)
+        raw = e5m3.rounded(pair, bits)
+        expected = stored(np.array([float32(scale)]), np.array([float32(zero)]), E5M3, bits)
+        assert pair[0] == expected[0][0] and pair[1] == expected[1][0]
+        assert e5m3.decode(raw & 255) == pair[0] and e5m3.zero(pair[0], raw >> 8) == pair[1]
+        if pair[0] < 61440:
+            assert abs(pair[1] - zero) <= max(pair[0] / 16, 2.0**-18) * (1 + 1e-6)
+        own = e5m3.decode(e5m3.encode(scale)) if bits < 8 else scale * 1.125 + 2.0**-17
+        assert pair[0] <= max(own, abs(zero) / 15.875 * 1.125 + 2.0**-17)
+        assert pair[0] >= (min(scale, 61440) if bits == 8 else e5m3.decode(e5m3.encode(scale)))

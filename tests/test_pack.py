@@ -237,7 +237,7 @@ def best_of_ten_factors(rows: Array, bits: int, zero_point: int) -> Array:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "outlier"])
 def test_search_is_as_good_as_ten_factors(head_dim: int, kind: str) -> None:
-    """pack.h: within 3.5 percent, symmetric layouts within 6; a single row at most twice."""
+    """pack.h: within half a percent; a single row at most twice."""
     random = np.random.default_rng(2)
     rows = random.laplace(size=(2048, head_dim)) if kind == "laplace" else random.standard_normal((2048, head_dim))
     rows[:, 5] *= 30 if kind == "outlier" else 1
@@ -248,7 +248,7 @@ def test_search_is_as_good_as_ten_factors(head_dim: int, kind: str) -> None:
         keys = unpack(pages, (1, 1, *rows.shape), 1)[0][0, 0]
         error = ((keys.astype(np.float64) - rows) ** 2).sum(1)
         yardstick = best_of_ten_factors(rotate(rows).astype(np.float64), bits, zero_point)
-        assert error.sum() <= (1.035 if zero_point else 1.06) * yardstick.sum()
+        assert error.sum() <= 1.005 * yardstick.sum()
         assert (error <= 2 * yardstick).all()
 
 
@@ -270,11 +270,11 @@ def test_search_repairs_what_its_start_gets_wrong() -> None:
         assert ratio <= 1.01
 
 
-@pytest.mark.parametrize("group, most, searched", [(128, 1.02, 1.04), (32, 1.05, 1.08), (16, 1.08, 1.14)])
+@pytest.mark.parametrize("group, most, searched", [(128, 1.02, 1.03), (32, 1.05, 1.08), (16, 1.08, 1.13)])
 @pytest.mark.parametrize("zero_point", [1, 0])
 def test_error_with_e5m3_scales(group: int, most: float, searched: float, zero_point: int) -> None:
-    """Rows of 128: 2 percent above fp16's at most, and 4 where fp16's are searched for and fit best. Small groups leave
-    less to round away, and save more bytes."""
+    """Rows of 128: 2 percent above fp16's at most, and 3 where fp16's are searched for and fit best. Small groups leave
+    less to round away, and save more bytes. At 8 bits the scale is rounded up, and the zero costs as much again."""
     rows = np.random.default_rng(14).standard_normal((1, 1, 4096, 128)).astype(np.float32)
     for bits, scale in itertools.product((2, 3, 4), (SIGMA, MINMAX, SEARCH)):
         error = []
@@ -283,6 +283,12 @@ def test_error_with_e5m3_scales(group: int, most: float, searched: float, zero_p
             pack(pages, rows, rows, Options(1, scale))
             error.append(float(((unpack(pages, rows.shape, 1)[0] - rows) ** 2).mean()))
         assert error[1] <= (searched if scale == SEARCH else most) * error[0]
+    codes = []
+    for scale_dtype in (FP16, E5M3):
+        pages = one_list(Layout(128, group, 0, FLOAT16, scale_dtype), (8, 8), 4096)
+        pack(pages, rows, rows, Options(1, MINMAX))
+        codes.append(float(((unpack(pages, rows.shape, 1)[0] - rows) ** 2).mean()))
+    assert codes[1] <= 1.25 * codes[0]
 
 
 def test_more_bits_are_better() -> None:

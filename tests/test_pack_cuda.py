@@ -344,10 +344,21 @@ def test_errors() -> None:
 
 def test_cpu_operations_refuse_cuda_tensors_by_name() -> None:
     importance = torch.zeros(4, 100, device="cuda")
-    kept = torch.zeros(4, 13, dtype=torch.uint8, device="cuda")
-    keep = torch.full((4,), 10, dtype=torch.int32, device="cuda")
-    with pytest.raises(ValueError, match=r"^select: [a-z]+: expected a CPU tensor, got one on cuda:0$"):
-        _C.select(kept, importance, keep, None, torch.zeros(64, dtype=torch.uint8), 0, 0)
+    kept = torch.zeros(4, 13, dtype=torch.uint8)
+    keep, floor = torch.full((4,), 10, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    workspace = torch.zeros(_C.ada_workspace(4, 100), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^ada: importance: expected a CPU tensor, got one on cuda:0$"):
+        _C.ada(kept, importance, keep, None, workspace, 2, floor, 0, 0)
+
+
+def test_bench() -> None:
+    """A cell for each case, whose sampled pages are the CPU's bytes."""
+    from kvcomp.bench import pack
+
+    copying, *cells = pack.bench(tokens=(1024,), bits=(4, 16), dtypes=("bfloat16", "float32"), samples=2)
+    assert copying["gb_per_s"] > 0 and len(cells) == 2 * (3 + 1)
+    for cell in cells:
+        assert cell["error"]["value"] == 0 < cell["fraction_of_copy"]
 
 
 def test_two_devices() -> None:

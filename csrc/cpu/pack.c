@@ -202,9 +202,9 @@ INLINE void fit_sigma(affine *out, float (*x)[T], const facts *f, int n, int bit
     }
 }
 
-INLINE void store_precision(affine *a, const kvc_layout *layout) {
+INLINE void store_precision(affine *a, const kvc_layout *layout, int bits) {
     if (layout->scale_dtype == KVC_STEP_E5M3)
-        for (int j = 0; j < T; j++) kvc_e5m3_round(&a->scale[j], &a->zero[j]);
+        for (int j = 0; j < T; j++) kvc_e5m3_round(&a->scale[j], &a->zero[j], bits);
     else
         for (int j = 0; j < T; j++) {
             a->scale[j] = rounded_to_half(a->scale[j]);
@@ -220,12 +220,21 @@ INLINE void tree_of_32(float out[T], float (*sums)[T]) {
     memcpy(out, sums[0], sizeof sums[0]);
 }
 
-/* The scale and zero of least squared error for the codes that *a gives. */
-INLINE void refit(affine *a, float (*x)[T], const facts *f, const kvc_layout *layout, int bits, float (*scratch)[T]) {
-    const int n = layout->group;
+INLINE void sum_of_32(float out[T], float (*x)[T], int n) {
+    float parts[32][T] = {{0}};
+    for (int c = 0; c < n; c++)
+        for (int j = 0; j < T; j++) parts[c % 32][j] += x[c][j];
+    tree_of_32(out, parts);
+}
+
+/* From a start to (nearly) the scale and zero of least squared error for its codes. y: the mean of x, or (symmetric)
+ * its sum. most[j]: the greatest part of the squares so far that a fit explains; worse starts change nothing. */
+INLINE void refit(affine *a, float most[T], const affine *start, float (*x)[T], const float *y, const float *factor,
+                  const kvc_layout *layout, int bits, float (*scratch)[T]) {
+    const int n = layout->group, zero_point = layout->zero_point;
     const float half = (float)(1 << (bits - 1)), count = (float)n;
-    float k[T] = {0}, kk[T] = {0}, ky[T], y[T], parts[32][T] = {{0}}, plain[32][T] = {{0}};
-    encode(scratch, x, n, bits, a, f->factor);
+    float k[T] = {0}, kk[T] = {0}, ky[T], parts[32][T] = {{0}};
+    encode(scratch, x, n, bits, start, factor);
     for (int c = 0; c < n; c++)
         for (int j = 0; j < T; j++) {
             const float code = scratch[c][j] - half;
@@ -234,44 +243,44 @@ INLINE void refit(affine *a, float (*x)[T], const facts *f, const kvc_layout *la
             parts[c % 32][j] = FMA(code, x[c][j], parts[c % 32][j]);
         }
     tree_of_32(ky, parts);
-    if (!f->whole || !layout->zero_point) {
-        for (int c = 0; c < n; c++)
-            for (int j = 0; j < T; j++) plain[c % 32][j] += x[c][j];
-        tree_of_32(y, plain);
-    }
     for (int j = 0; j < T; j++) {
-        float t, zero = 0.0f;
-        if (layout->zero_point) {
-            const float m = k[j] / count, mean = f->whole ? f->first_unit[j] : y[j] / count;
-            t = FMA(-k[j], mean, ky[j]) / FMA(-m, k[j], kk[j]);
-            zero = FMA(-t, m + 0.5f, mean) * f->factor[j];
-        } else {
-            t = FMA(0.5f, y[j], ky[j]) / (kk[j] + k[j] + 0.25f * count);
-        }
-        const float scale = t * f->factor[j];
-        if (t > 0.0f && scale > 0.0f && scale < INFINITY) {
-            a->scale[j] = scale;
-            a->zero[j] = zero;
-        }
+        const float from = start->scale[j], m = k[j] / count;
+        const float c = zero_point ? FMA(-k[j], y[j], ky[j]) : FMA(0.5f, y[j], ky[j]);
+        const float t = c / (zero_point ? FMA(-m, k[j], kk[j]) : kk[j] + k[j] + 0.25f * count), fit = t * factor[j];
+        if (!(t > 0.0f && fit > 0.0f && fit < INFINITY && c * t > most[j])) continue;
+        const float step = kvc_search_step(from, fit, bits, n, zero_point), zero = FMA(-t, m + 0.5f, y[j]) * factor[j];
+        most[j] = c * t;
+        a->scale[j] = FMA(step, fit - from, from);
+        a->zero[j] = zero_point ? FMA(step, zero - start->zero[j], start->zero[j]) : 0.0f;
     }
 }
 
 INLINE void search(affine *best, float (*x)[T], const facts *f, const kvc_layout *layout, int bits,
                    float (*scratch)[T]) {
+    static const float symmetric[] = KVC_SEARCH_STARTS;
     const int n = layout->group, zero_point = layout->zero_point;
-    fit_minmax(best, x, f->factor, n, bits, zero_point);
-    for (int j = 0; j < T; j++) best->scale[j] *= kvc_search_factor(bits, n, zero_point);
-    if (kvc_search_sigma(bits, n)) {
-        affine sigma;
-        fit_sigma(&sigma, x, f, n, bits, zero_point, scratch);
-        for (int j = 0; j < T; j++) {
-            best->scale[j] = least_of(sigma.scale[j], best->scale[j]);
-            best->zero[j] = (sigma.zero[j] + best->zero[j]) * 0.5f;
-        }
+    const int starts = zero_point ? 1 : (int)(sizeof symmetric / sizeof *symmetric);
+    const float part = kvc_search_mean(bits, n);
+    float y[T], most[T];
+    affine range;
+    if (zero_point && f->whole)
+        memcpy(y, f->first_unit, sizeof y);
+    else
+        sum_of_32(y, x, n);
+    fit_minmax(&range, x, f->factor, n, bits, zero_point);
+    for (int j = 0; j < T; j++) {
+        if (zero_point && !f->whole) y[j] /= (float)n;
+        range.scale[j] *= kvc_search_factor(bits, n, zero_point);
+        if (zero_point && part > 0.0f) range.zero[j] = FMA(part, y[j] * f->factor[j] - range.zero[j], range.zero[j]);
+        most[j] = -1.0f;
     }
-    store_precision(best, layout);
-    refit(best, x, f, layout, bits, scratch);
-    store_precision(best, layout);
+    *best = range;
+    for (int i = 0; i < starts; i++) {
+        affine start = range;
+        for (int j = 0; j < T; j++) start.scale[j] *= symmetric[i];
+        refit(best, most, &start, x, y, f->factor, layout, bits, scratch);
+    }
+    store_precision(best, layout, bits);
 }
 
 /* Scales and zeros that are rounded already, as bytes and back. */
@@ -330,7 +339,7 @@ INLINE void write_tile(uint8_t *page, int k_bits, int v_bits, int half, int tile
                     fit_minmax(&a, rows, f->factor, n, bits, layout->zero_point);
                 else
                     fit_sigma(&a, rows, f, n, bits, layout->zero_point, scratch);
-                store_precision(&a, layout);
+                store_precision(&a, layout, bits);
             }
             if (r->stochastic)
                 encode_stochastic(codes + g * n, rows, n, bits, &a, f->factor, g * n, half, numbers, r);

@@ -12,24 +12,29 @@
  *        KVC_SCALE_SIGMA   z = mean, s = c(bits) * sigma, c = 0.996, 0.586, 0.335 for 2, 3, 4 bits (the mean squared
  *                          error's minimum on Gaussian rows); 8 bits: min-max. Symmetric layouts: sigma about 0.
  *        KVC_SCALE_MINMAX  z = (min + max) / 2, s = (max - min) / (2^bits - 1); symmetric: 2 max|x| / (2^bits - 1)
- *        KVC_SCALE_SEARCH  a start, its codes, and the scale and zero of least squared error for these codes.
+ *        KVC_SCALE_SEARCH  a start, its codes, and near the scale and zero of least squared error for these codes
  *      sigma = sqrt(sum((y - mean)^2) / n), times factor. Where a rotated row is one block and one group, its mean and
  *      sigma come from the row before the rotation, which keeps lengths and turns the mean into the first channel: mean
  *      = x[0] * (1/sqrt(n)), sigma = sqrt(sum of the other channels' squares / n) (symmetric: of all), the sum as 8
  *      chains of fma over the channels with the same (channel / 4) % 8, in their order, then added as pairs of pairs.
- *      search: the start is min-max's zero and its scale times kvc_search_factor, at 2 bits and n > 32 the lesser of
- *      that and sigma's scale, and the middle of both zeros. Rounded as stored, it gives codes; with k = code -
- *      2^(bits-1), m = sum(k) / n, M = mean of y (one block and group: x[0] / unit): t = (sum(k y) - sum(k) M) /
- *      (sum(k k) - m sum(k)), s = t * factor, z = (M - t (m + 0.5)) * factor; symmetric: t = (sum(k y) + sum(y) / 2) /
- *      (sum(k k) + sum(k) + n / 4). Sums of k are exact; that of k y is 32 chains of fma, one for each channel % 32 of
- *      the group, then a tree (strides 16, 8, 4, 2, 1), and sum(y) the same with additions. The start stays where t is
- * not above 0, or s no finite number above 0. Rounded, KVC_STEP_FP16: both to fp16, nearest even, saturated at 65504.
+ *      search: the start is min-max's zero and its scale times kvc_search_factor, the zero moved toward the mean by the
+ *      part of the way that kvc_search_mean says. With its codes, k = code - 2^(bits-1), m = sum(k) / n and M = mean of
+ *      y (one block and group: x[0] / unit): t = (sum(k y) - sum(k) M) / (sum(k k) - m sum(k)), the least-squares scale
+ *      is t * factor, its zero (M - t (m + 0.5)) * factor. Symmetric: c = sum(k y) + sum(y) / 2, t = c / (sum(k k) +
+ *      sum(k) + n / 4), from the start times each of KVC_SEARCH_STARTS, of which the first with the greatest c t
+ *      counts, the least squared error. Codes change with their scale, so the way from the start to this fit is gone on
+ *      with: start + kvc_search_step * (fit - start). A start stays where t is not above 0, or t * factor no finite
+ *      number above 0. Sums of k are exact; that of k y is 32 chains of fma, one for each channel % 32 of the group,
+ *      then a tree (strides 16, 8, 4, 2, 1), and sum(y) the same with additions.
+ *      Rounded, KVC_STEP_FP16: both to fp16, nearest even, saturated at 65504.
  *      Rounded, KVC_STEP_E5M3: a zero far outside the group's spread would not fit in its int8, so it raises the scale:
- *      1. s = max(s, |z| / 15.875), to the nearest E5M3, ties to even, saturated at 61440;
+ *      1. s = max(s, |z| / 15.875), to the nearest E5M3, ties to even, saturated at 61440; at 8 bits to the least that
+ *         is not smaller: of 255 steps a scale that is 6 percent short cuts off more than rounding costs;
  *      2. where 15.875 * s + 2^-18 < |z| still, s becomes the next larger E5M3, if there is one;
  *      3. z = s / 8 times z * 8 / s, clamped to -128 .. 127 and rounded to the nearest even integer; 0 where s is 0.
  *      Step 3 so clamps nothing but zeros above 15.875 * 61440 and, by less than 2^-18, some of tiny groups: 2^-18 is
- *      half the smallest scale, so groups with |z| and s up to that become zeros, which is nearer to them.
+ *      half the smallest scale, so groups with |z| and s up to that become zeros, which is nearer to them (but not at 8
+ *      bits, which keep any s above 0).
  *   3. r = (1 / s) * (1 / most), most = 2^bits - 1, and 0 for a zero scale; v = fma(y, r * factor, fma(-z, r, 0.5)):
  *      the place between the lowest code's value and the highest one's, 0 .. 1 where nothing is clamped.
  *      code = v clamped to 0 .. 1, times most, rounded once, to the nearest even integer; or, with stochastic rounding,
@@ -44,9 +49,9 @@
  * unpack: the inverse, value = z + s * (code - mid), un-rotated unless told otherwise; exact for class 16 without
  * rotation.
  *
- * Reached on N(0, 1) rows of 128: mean squared error <= 0.12, 0.038, 0.012 at 2, 3, 4 bits; with E5M3 scales at
- * most 2 percent more than with fp16 (search: 4, but below sigma's and min-max's where there are zeros). search with
- * fp16 scales: at most 3.5 percent, symmetric 6, above the best of ten factors on sigma's and min-max's scale.
+ * Reached on N(0, 1) rows of 128: mean squared error <= 0.12, 0.038, 0.012 at 2, 3, 4 bits, with E5M3 scales at most 2
+ * percent more than with fp16 (search: 3); at 8 bits E5M3 costs 12 percent, and with zeros half as much again. search
+ * with fp16 scales: at most 0.5 percent above the best of ten factors on sigma's and min-max's scale for each row.
  * Errors: ESHAPE, EDTYPE, EDEVICE; EINVAL for classes, indices or pages out of range and for NaN or Inf in a row that a
  * page takes (CPU; checked before anything is written. CUDA leaves the check to its caller: it would have to
  * synchronize).
@@ -62,10 +67,11 @@ typedef enum { KVC_SCALE_SIGMA = 0, KVC_SCALE_MINMAX = 1, KVC_SCALE_SEARCH = 2 }
 KVC_HD float kvc_sigma_step(int bits) { return bits == 2 ? 0.996f : bits == 3 ? 0.586f : 0.335f; }
 
 /* Rounds a scale >= 0 (infinity too) and a finite zero to what E5M3 layouts store: step 2. */
-KVC_HD void kvc_e5m3_round(float *scale, float *zero) {
-    const float far = *zero < 0.0f ? -*zero : *zero, least = far / 15.875f;
-    uint32_t code = kvc_float_to_e5m3(*scale > least ? *scale : least);
-    if (15.875f * kvc_e5m3_to_float(code) + 0x1p-18f < far && code < KVC_E5M3_MOST) code++;
+KVC_HD void kvc_e5m3_round(float *scale, float *zero, int bits) {
+    const float far = *zero < 0.0f ? -*zero : *zero, least = far / 15.875f, wanted = *scale > least ? *scale : least;
+    uint32_t code = kvc_float_to_e5m3(wanted);
+    const float nearest = kvc_e5m3_to_float(code);
+    if ((bits == 8 ? nearest < wanted : 15.875f * nearest + 0x1p-18f < far) && code < KVC_E5M3_MOST) code++;
     *scale = kvc_e5m3_to_float(code);
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     float eighths = code ? *zero * 8.0f / *scale : 0.0f;
@@ -84,20 +90,27 @@ KVC_HD float kvc_e5m3_zero(float scale, uint32_t byte) { return scale * (float)(
 
 /* Where search starts, as a part of min-max's scale: the fewer the channels, the nearer the extremes are. */
 KVC_HD float kvc_search_factor(int bits, int n, int zero_point) {
-    const float wide = bits == 2   ? n <= 32 ? 0.78f : 0.7f
-                       : bits == 3 ? n <= 32    ? 0.92f
-                                     : n <= 96  ? 0.85f
-                                     : n <= 128 ? 0.8f
-                                                : 0.76f
-                       : bits == 4 ? n <= 32    ? 0.98f
-                                     : n <= 128 ? 0.94f
-                                                : 0.9f
-                                   : 1.0f;
-    return zero_point || bits == 8 ? wide : 0.95f * wide;
+    float part = 1.0f;
+    if (bits == 2) part = n <= 32 ? 0.76f : n <= 64 ? 0.64f : n <= 128 ? 0.59f : 0.54f;
+    if (bits == 3) part = n <= 32 ? 0.92f : n <= 64 ? 0.87f : n <= 128 ? 0.79f : 0.73f;
+    if (bits == 4) part = n <= 64 ? 0.96f : n <= 128 ? 0.94f : 0.9f;
+    return zero_point || bits > 3 ? part : 0.9f * part;
 }
 
-/* Whether the start at these bits looks at sigma too. */
-KVC_HD int kvc_search_sigma(int bits, int n) { return bits == 2 && n > 32; }
+/* The mean's part of the start's zero: with few bits the extremes, which are cut off, tell less of it. */
+KVC_HD float kvc_search_mean(int bits, int n) {
+    return bits == 2 && n > 32 ? 0.5f : bits == 3 && n > 64 ? 0.25f : 0.0f;
+}
+
+/* How far search goes from a start to the fit for its codes: all the way, and beyond where the fit moves the outermost
+ * code by a quarter of a step at most. The more channels, the farther the next fits would lie. */
+KVC_HD float kvc_search_step(float start, float fit, int bits, int n, int zero_point) {
+    const float way = fit < start ? start - fit : fit - start;
+    if (way * (float)(2 << bits) > start) return 1.0f;
+    return n <= 32 || !zero_point ? 1.5f : n < 128 ? 2.0f : 2.5f;
+}
+
+#define KVC_SEARCH_STARTS {1.0f, 0.65f, 0.8f, 0.9f, 1.12f, 1.25f} /* of symmetric layouts */
 
 /* 2^(e - 14) for 2^e <= most < 2^(e+1), e at least -60: what a row with the largest magnitude `most` <= 2^96 is rounded
  * to. */
