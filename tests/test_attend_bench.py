@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from kvcomp import _C, results
 torch = pytest.importorskip("torch", reason="needs torch")
 from kvcomp.bench import attend_cuda, timing_cuda  # noqa: E402
 from kvcomp.bench.lists_cuda import Layers, mixed, uniform  # noqa: E402
+from kvcomp.cli import main  # noqa: E402
 from kvcomp.store import BFLOAT16, PAGE, Layout  # noqa: E402
 
 
@@ -82,6 +84,32 @@ def test_refusals() -> None:
         attend_cuda.bench(command="", sections=("speed",))
     with pytest.raises(ValueError, match="--samples: expected at least 5, got 4"):
         attend_cuda.bench(command="", samples=4)
+
+
+def test_the_command_hands_on_sections_and_saves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    out = tmp_path / "attend.json"
+
+    def bench(
+        *, command: str, sections: Any = (), bits: Any = (), samples: int = 9, seed: int = 0, save: Any, tell: Any
+    ) -> Any:
+        given.update(sections=sections, bits=bits, samples=samples, seed=seed)
+        found = results.new("attend", command=command)
+        save(found)
+        assert json.loads(out.read_text())["cells"] == []
+        return found | {"more": 1}
+
+    why = _C.cuda_info()
+    monkeypatch.setattr(_C, "cuda_info", lambda: why | {"available": True})
+    monkeypatch.setattr(attend_cuda, "bench", bench)
+    flags = ["--sections", "table", "rivals", "--bits", "4", "--samples", "7", "--seed", "3", "--output", str(out)]
+    assert main(["bench", "attend", "--device", "cuda", *flags]) == 0
+    assert given == {"sections": ["table", "rivals"], "bits": [4], "samples": 7, "seed": 3}
+    assert json.loads(out.read_text())["more"] == 1
+    assert main(["bench", "attend", "--device", "cuda", "--tokens", "5"]) == 2
+    assert "--tokens: expected none for attend on cuda, got 5" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

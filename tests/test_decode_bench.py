@@ -9,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from kvcomp import results  # noqa: E402
 from kvcomp.bench import decode  # noqa: E402
-from kvcomp.cli import main  # noqa: E402
+from kvcomp.cli import _compile_options, main  # noqa: E402
 
 SMALL = [
     "bench",
@@ -64,7 +65,9 @@ def test_writes_every_part_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
 def test_files_of_another_machine_are_made_anew(tmp_path: Path) -> None:
     found = decode.bench(settings(rivals=[]), command="x")
     other = found | {"machine": found["machine"] | {"cores": -1}}
-    again = decode.bench(settings(rivals=[]), command="x", before=other)
+    said: list[str] = []
+    again = decode.bench(settings(rivals=[]), command="x", before=other, tell=said.append)
+    assert said[0] == "what there was is of other machine: everything is measured anew"
     assert again["machine"] == found["machine"] and len(again["cells"]) == 1
     assert again["cells"][0]["tpot_samples_ms"] != found["cells"][0]["tpot_samples_ms"]
 
@@ -80,6 +83,47 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["not_measured"] == {"kvcomp, batch 1, 90 tokens, 4 bit": "out of memory: CUDA out of memory. Tried"}
 
 
+def test_a_run_ends_where_its_minutes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that has begun is finished; the next run does the others."""
+    now = [0.0]
+
+    def measured(settings: Any, model: Any, impl: str, case: dict[str, Any], *others: Any) -> dict[str, Any]:
+        now[0] += 120
+        return results.cell(impl, case, error=None, ttft_ms=1.0, tpot_ms=1.0)
+
+    monkeypatch.setattr(decode, "_cell", measured)
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: now[0])
+    given = settings(batches=[1, 2], minutes=3)
+    said: list[str] = []
+    found = decode.bench(given, command="x", tell=said.append)
+    assert [cell["case"]["b"] for cell in found["cells"]] == [1, 1]
+    assert said[-1] == "transformers DynamicCache, batch 2, 90 tokens, 16 bit: left for the next run, after 3 minutes"
+    found = decode.bench(given, command="y", before=found)
+    assert [cell["case"]["b"] for cell in found["cells"]] == [1, 1, 2, 2] and found["command"] == "x && y"
+
+
+def test_a_rival_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: Any, model: Any, impl: str, *others: Any) -> Any:
+        raise RuntimeError(f"{impl} is broken\nin many words")
+
+    monkeypatch.setattr(decode, "_cell", fails)
+    with pytest.raises(RuntimeError, match="kvcomp is broken"):
+        decode.bench(settings(), command="x")
+    rivals = decode._parts(settings())[1:]
+    monkeypatch.setattr(decode, "_parts", lambda given: rivals)
+    found = decode.bench(settings(), command="x")
+    assert found["not_measured"] == {
+        "transformers DynamicCache, batch 1, 90 tokens, 16 bit": "transformers DynamicCache is broken"
+    }
+
+
+def test_fewer_layers_are_another_model() -> None:
+    found = decode.bench(settings(rivals=[], layers=1), command="x")
+    whole = decode.bench(settings(rivals=[]), command="x", before=found)
+    assert [cell["case"]["model"] for cell in whole["cells"]] == ["tiny, 1 layers", "tiny"]
+    assert whole["weight_bytes"] > found["cells"][0]["kv_bytes"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -89,6 +133,7 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"new": 3}, "--new: expected 9 or more, got 3"),
         ({"batches": [0]}, r"--batch: expected 1 or more, got \[0\]"),
         ({"rivals": ["vllm"]}, "--rivals: expected among dynamic, static, quantized or none, got vllm"),
+        ({"layers": 0}, "--layers: expected 1 or more, got 0"),
         ({"first_samples": 0}, "--first-samples: expected 1 or more, got 0"),
     ],
 )
@@ -103,6 +148,28 @@ def test_an_error_over_its_bound_fails(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "relative error (L2) of the logits of 4 steps" in capsys.readouterr().err
 
 
+def test_how_to_compile_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compile_options("auto") == "auto" and _compile_options("no") is False
+    assert _compile_options("max_autotune=true,combo_kernels=false") == {"max_autotune": True, "combo_kernels": False}
+    assert main([*SMALL, "--compile", "fast"]) == 2
+    assert "--compile: expected auto, yes, no, tuned or name=value" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """Steps are replayed, and every part of one is found again."""
+    given = settings(device="cuda", compile="auto", rivals=["dynamic", "static"], context=400, new=24, batches=[1, 3])
+    said: list[str] = []
+    found = decode.bench(given, command="x", tell=said.append)
+    assert not results.failures(found) and not found["not_measured"], said
+    for cell in found["cells"]:
+        assert len(cell["tpot_samples_ms"]) == 23 and min(cell["tpot_samples_ms"]) > 0 < cell["peak_bytes"]
+        if cell["impl"] == "kvcomp":
+            kinds = cell["shares"]["kernels_ms"]
+            assert cell["replayed_steps"] >= 20 and cell["joined"] == 2 * 2, "compiled, with joined layers"
+            assert min(kinds["attend"], kinds["append"], kinds["linear"]) > 0
+
+
 def test_kinds_of_kernels() -> None:
     for kernel, kind in (
         ("void attend_kernel<4, 128>(kvc_attend_args)", "attend"),
@@ -111,6 +178,7 @@ def test_kinds_of_kernels() -> None:
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "linear"),
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "linear"),
         ("triton_red_fused_mm_mul_3", "linear"),
+        ("triton_poi_fused__unsafe_view_add_append_attend_cat_mul_neg_2", "rest"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "rest"),
         ("void at::native::elementwise_kernel<128, 4>", "rest"),
         ("pytorch_flash::flash_fwd_splitkv_kernel", "attention"),

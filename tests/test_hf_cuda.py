@@ -3,7 +3,8 @@ a recording is of no use any more. Without a GPU: the same steps with recordings
 
 import contextlib
 import dataclasses
-import itertools
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 import kvcomp  # noqa: E402
-from kvcomp import devices, store_cuda  # noqa: E402
-from kvcomp.hf import graph, library  # noqa: E402
+from kvcomp import devices, prompt, store_cuda  # noqa: E402
+from kvcomp.hf import attention, graph, library  # noqa: E402
+from kvcomp.pages import GRANULE_BYTES  # noqa: E402
 from test_hf_generate import GREEDY, padded  # noqa: E402
 from test_hf_models import SHAPES, build, decode, gap, tokens, whole  # noqa: E402
 
@@ -58,7 +60,8 @@ def shipped_ids(count: int) -> Any:
 
 class PlayedGraph:
     """Stands in for a CUDA graph where tensors are on the CPU: recording runs the step, so that the first replay has
-    nothing left to do; later ones run it again with what the inputs hold by then."""
+    nothing left to do; later ones run it again with what the inputs hold by then, and the positions that the host knew
+    when it was recorded."""
 
     again: Any = None  # set by the recording Steps: runs the step into the recorded output
 
@@ -82,10 +85,16 @@ class PlayedSteps(graph.Steps):
 
     def _record(self, step: Any, parts: Any, compiled: Any) -> Any:
         recording = super()._record(step, parts, compiled)
+        found, seen, settings = weakref.ref(step.cache), list(step.cache._state.seen), step.settings
 
         def again() -> None:
-            with step.cache._state.packed.stacked.capture(), graph.stepping(parts, step.cache, compiled):
-                recording.output.logits.copy_(self._call(step, recording.inputs).logits)
+            cache = found()
+            state = cache._state
+            now, state.seen = state.seen, seen
+            with state.packed.stacked.capture(), graph.stepping(parts, cache, compiled):
+                again = graph.Step(cache, {}, settings, None)
+                recording.output["logits"].copy_(self._call(again, recording.inputs).logits)
+            state.seen = now
 
         recording.graph.again = again
         return recording
@@ -134,6 +143,18 @@ def test_played_steps_of_several_caches(played: None) -> None:
 
 def test_what_is_not_a_step(played: None) -> None:
     check_what_is_not_a_step(build("llama"), "cpu")
+
+
+def test_recordings_keep_no_cache(played: None) -> None:
+    """Inside of one context every generate's cache goes when the next one is made, recordings and all."""
+    model, batch = build("llama"), padded([50, 17, 33])
+    with kvcomp.compress(model, FOUR) as packing:
+        model.generate(**batch, **GREEDY)
+        first = weakref.ref(packing.cache._state.packed)
+        out = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+        assert out.past_key_values is packing.cache and packing.steps.replays > 0
+        gc.collect()
+        assert first() is None and len(packing.steps._kinds) == 1
 
 
 def test_a_recording_that_fails(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +319,61 @@ def test_a_budget_is_shared_out_by_sequences() -> None:
     assert 199_990 <= parts.cache.report.budget_bytes <= 200_000
 
 
+def after_attention(cache: Any, rows: Any) -> None:
+    """The cache is as it is when the first layer's attention over a prompt of these rows has run."""
+    cache.update(rows, rows, 0)
+    attention.forget(cache.layers[0])
+    cache.layers[0].first(rows, None, 0.125, 0.0)
+
+
+def test_another_device_is_refused() -> None:
+    model, rows = build("llama"), torch.zeros(1, 2, 8, 64)
+    cache = kvcomp.Cache(model.config, FOUR)
+    after_attention(cache, rows)
+    assert cache.get_seq_length() == 8
+    with pytest.raises(NotImplementedError, match="expected all layers on one device, cpu, got cuda:0"):
+        cache._state.check_device(torch.device("cuda:0"))
+    assert cache.get_seq_length() == 0
+    cache.update(rows, rows, 0)
+
+
+@pytest.mark.parametrize("which", ["one parameter", "a buffer"])
+def test_any_tensor_that_moves_is_noticed(played: None, which: str) -> None:
+    """Also where the first and the last parameter lie where they lay, as they may after a model went and came back."""
+    model, ids = build("llama"), tokens(2, 100)
+    with kvcomp.compress(model, FOUR) as packing, torch.no_grad():
+        cache = kvcomp.Cache(model.config, FOUR)
+        model(ids[:, :90], past_key_values=cache)
+        for at in range(90, 94):
+            model(ids[:, at : at + 1], past_key_values=cache)
+        replays = packing.steps.replays
+        moved = model.model.layers[0].mlp.up_proj.weight if which == "one parameter" else next(model.buffers())
+        moved.data = moved.data.clone()
+        model(ids[:, 94:95], past_key_values=cache)
+        assert packing.steps.replays == replays == 3
+        model(ids[:, 95:96], past_key_values=cache)
+        assert packing.steps.replays == replays + 1
+
+
+def test_compiled_layers_see_a_plain_name() -> None:
+    """Not every torch.compile can look up others; afterwards it is the one that knows what was set before."""
+    model, batch = build("llama"), padded([50, 17])
+    names = []
+
+    def look(options: Any) -> Any:
+        def run(layer: Any, args: Any, kwargs: Any) -> Any:
+            names.append(layer.self_attn.config._attn_implementation)
+            return type(layer).forward(layer, *args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch, kvcomp.compress(model, FOUR, compile=True):
+        patch.setattr(graph, "compiled_layer", look)
+        model.generate(**batch, **GREEDY)
+        assert {type(name) for name in names} == {str} and set(names) == {attention.NAME}
+        assert model.config._attn_implementation.previous == "sdpa"
+
+
 def test_wrong_options() -> None:
     model = build("llama")
     for options, kind, sentence in (
@@ -322,30 +398,48 @@ def cuda(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.cuda() for name, value in inputs.items()}
 
 
+@contextlib.contextmanager
+def counting_granules() -> Iterator[None]:
+    """Plans on the CPU have the bytes that they would have on a GPU, whose memory comes in granules: the same plans."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        granule = property(lambda self: GRANULE_BYTES if self.keeps else 1)
+        patch.setattr(prompt.Compressor, "_granule", granule)
+        patch.setattr(prompt.Compressor, "_taken", lambda self: sum(self._page_bytes) + GRANULE_BYTES)
+        yield
+
+
 @GPU
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_gpu_chooses_as_the_cpu(policy: str) -> None:
     """On the shipped model, teacher-forced: the same best token wherever the two best lie further apart than the two
-    backends' logits do at 16 bits, twice over."""
-    model, ids = shipped(), shipped_ids(700)
+    backends' logits do at 16 bits, twice over. Budgets are of several prompts, as they must be of several granules."""
+    model, chosen = shipped(), POLICIES[policy]
+    planned = chosen.fixed_class is None
+    ids, count = (shipped_ids(8 * 760).reshape(8, 760), 700) if planned else (shipped_ids(700), 560)
     if policy == "given rotation":
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         chosen = kvcomp.Policy(
             bits=4, rotation=kvcomp.Rotation.random(config.num_hidden_layers, config.num_key_value_heads, head_dim)
         )
-    else:
-        chosen = POLICIES[policy]
-    logits = {}
-    for device, each in itertools.product(("cpu", "cuda"), (EXACT, chosen)):
+    logits, reports = {}, {}
+    for device in ("cpu", "cuda"):
         model = model.to(device)
-        cache = kvcomp.Cache(model.config, each)
-        logits[device, each is EXACT] = decode(model, cache, ids.to(device), 560).cpu()
-    noise = (logits["cuda", True] - logits["cpu", True]).abs().max()
-    decided = gap(logits["cpu", False]) > 2 * noise
+        for name, each in (("exact", EXACT), ("chosen", chosen)):
+            cache = kvcomp.Cache(model.config, each)
+            with counting_granules() if device == "cpu" else contextlib.nullcontext():
+                logits[device, name] = decode(model, cache, ids.to(device), count).cpu()
+        reports[device] = cache.report
+    noise = (logits["cuda", "exact"] - logits["cpu", "exact"]).abs().max()
+    decided = gap(logits["cpu", "chosen"]) > 2 * noise
     assert decided.sum() >= 60, "the model decides too little for this test"
-    same = logits["cuda", False].argmax(-1) == logits["cpu", False].argmax(-1)
-    if policy == "stochastic" or chosen.fixed_class is None:  # ties between plans may fall the other way
+    same = logits["cuda", "chosen"].argmax(-1) == logits["cpu", "chosen"].argmax(-1)
+    if planned:  # ties between plans may fall the other way
+        here, there = reports["cpu"], reports["cuda"]
+        assert not there.over_budget and abs(there.kept_fraction - here.kept_fraction) < 0.02 < here.kept_fraction
+        assert same[decided].float().mean() >= 0.99
+    elif policy == "stochastic":
         assert same[decided].float().mean() >= 0.97
     else:
         assert same[decided].all()
@@ -496,9 +590,7 @@ def test_several_devices_are_refused(cuda_model: Any) -> None:
     """Layers on two devices: by name, and the cache is empty again."""
     cache = kvcomp.Cache(cuda_model.config, FOUR)
     near, far = torch.zeros(1, 2, 8, 64), torch.zeros(1, 2, 8, 64, device="cuda")
-    cache.update(near, near, 0)
-    cache._state.give_back(0)
-    cache._state.seen[0] = 8
+    after_attention(cache, near)
     with pytest.raises(NotImplementedError, match="expected all layers on one device, cpu, got cuda:0"):
         cache.update(far, far, 1)
     assert cache.get_seq_length() == 0

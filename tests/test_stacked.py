@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from kvcomp import _C  # noqa: E402
+from kvcomp import _C, measure  # noqa: E402
 from kvcomp.layer_input import LayerInput  # noqa: E402
 from kvcomp.packed import Packed  # noqa: E402
 from kvcomp.policy import Policy  # noqa: E402
@@ -304,3 +304,28 @@ def test_tails_and_states_hold_together() -> None:
         tail_pages = layer.lists[:, PAGES] - layer.lists[:, TAIL_PAGE]
         assert (tail_pages == -(-layer.lists[:, TAIL_TOKENS] // _C.page_tokens(16, 16))).all()
         assert (layer.lists[:, TAIL_TOKENS] <= 74).all() and (layer.tokens == 400).all()
+
+
+def test_rows_that_are_not_finite_are_found() -> None:
+    """By their largest magnitudes: rows that are as large as they can be are finite, and padding is not looked at."""
+    rows = torch.full((2, 2, 9, D), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    for bad in (None, float("nan"), float("inf"), -float("inf")):
+        values = rows.clone()
+        if bad is not None:
+            values[1, 0, 3, 5] = bad
+        for first in ([0, 0], [0, 4], [0, 9]):
+            layer = LayerInput(rows, values, first=np.array(first))
+            found = [(f"{name}: layer 7", part) for name, part in measure.peaks_on_gpu(layer, np.array(first))]
+            if bad is None or first[1] > 3:
+                measure.check_peaks(found)
+                continue
+            with pytest.raises(ValueError, match=r"^pack: values: expected finite values, got NaN or Inf in layer 7$"):
+                measure.check_peaks(found)
+
+
+def test_a_sample_that_is_not_finite_names_its_layer() -> None:
+    rows = rows_of(1, B, 2, 300, D)
+    values = rows.copy()
+    values[1, 0, 0, 3] = np.inf
+    with pytest.raises(ValueError, match=r"^pack: values: expected finite values, got NaN or Inf in layer 1$"):
+        compress_prompt([LayerInput(rows, part, rows) for part in (rows, values)], Policy(target_ratio=2))

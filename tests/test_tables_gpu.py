@@ -52,8 +52,13 @@ def attend() -> dict[str, Any]:
 @pytest.fixture
 def decode() -> dict[str, Any]:
     where = {"model": "llama-3.1-8b", "b": 1, "s": 32768, "w_bits": 16, "new": 256}
-    common = {"ttft_ms": 2100.4, "tokens_per_s": 190.5, "kv_bytes": 1.3e9, "peak_bytes": 19.2e9}
-    shares = {"kernels_ms": {"attend": 0.6, "linear": 4.0, "elementwise": 0.3}, "idle_ms": 0.1, "step_ms": 5.0}
+    common = {"ttft_ms": 2100.4, "tokens_per_s": 190.5, "kv_bytes": 1.3e9, "kv_ratio": 3.3, "peak_bytes": 19.2e9}
+    shares = {
+        "kernels_ms": {"attend": 0.6, "linear": 4.0, "elementwise": 0.3},
+        "idle_ms": 0.1,
+        "step_ms": 5.0,
+        "around_ms": 0.25,
+    }
     return {
         **results.new("decode", command="kvcomp bench decode"),
         "not_measured": {"transformers QuantizedCache, batch 1": "optimum-quanto is not installed"},
@@ -109,9 +114,13 @@ def test_every_table(tmp_path: Path, attend: dict[str, Any], decode: dict[str, A
         "| a call of torch.add, for comparison | 3.10 µs |",
         "| attend's kernel over one page | 4.00 µs |",
     ]
-    assert made["decode"][2] == ("| kvcomp | B1/32k | 4 | 2100 ms | 5.25 ms | 3.20× | 190 | 1.30 GB | 19.2 GB |")
+    assert made["decode"][2] == (
+        "| kvcomp | B1/32k | 4 | 2100 ms | 5.25 ms | 3.20× | 190 | 1.30 GB (1/3.30) | 19.2 GB |"
+    )
     assert made["decode"][4].endswith("| - |") and made["decode"][5].endswith("| not run |")
-    assert made["decode_shares"][2] == ("| kvcomp, B1/32k, 4 bits | 0.60 | - | - | - | 4.00 | 0.30 | 0.10 | 5.00 |")
+    assert made["decode_shares"][2] == (
+        "| kvcomp, B1/32k, 4 bits | 0.60 | - | - | - | 4.00 | 0.30 | 0.10 | 5.00 | 0.25 |"
+    )
 
 
 def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, decode: dict[str, Any]) -> None:

@@ -61,7 +61,8 @@ def staged(array: Array, device: Any) -> Any:
     signed ones, which torch can copy everywhere."""
     import torch
 
-    host = torch.from_numpy(np.ascontiguousarray(array).view(_SIGNED.get(array.dtype.name, array.dtype)))
+    own = np.require(array, requirements=["C", "W"])  # torch warns of arrays that are read-only
+    host = torch.from_numpy(own.view(_SIGNED.get(array.dtype.name, array.dtype)))
     return host.pin_memory() if device.type == "cuda" else host
 
 

@@ -89,27 +89,27 @@ def _fetched(found: Any, what: str) -> Array:
     return on_host
 
 
-def sums_on_gpu(layer: LayerInput, first: Array) -> list[tuple[str, Any]]:
-    """Names and sums, tensors that nobody waits for, of the real rows of a layer's keys and values: finite if they are.
-    In double, in which no sum overflows."""
+def peaks_on_gpu(layer: LayerInput, first: Array) -> list[tuple[str, Any]]:
+    """Names and largest magnitudes, tensors that nobody waits for, of the real rows of a layer's keys and values: as
+    finite as those. (A sum may overflow; torch takes one in double from a copy, four times the rows.)"""
     import torch
 
     found = []
     for name, rows in (("keys", layer.keys), ("values", layer.values)):
         real = [part[:, int(f) :] for part, f in zip(rows, first, strict=True)] if first.any() else [rows]
-        found += [(name, part.sum(dtype=torch.float64)) for part in real]
+        found += [(name, torch.linalg.vector_norm(part, float("inf"))) for part in real if part.numel()]
     return found
 
 
-def check_sums(sums: Sequence[tuple[str, Any]]) -> None:
-    """ValueError that names the first sum that is not finite; waits for all of them."""
-    if not sums:
+def check_peaks(peaks: Sequence[tuple[str, Any]]) -> None:
+    """ValueError that names the first one that is not finite; waits for all of them."""
+    if not peaks:
         return
     import torch
 
-    finite = np.isfinite(torch.stack([part for _, part in sums]).cpu().numpy())
+    finite = torch.stack([part for _, part in peaks]).isfinite().cpu().numpy()
     if not finite.all():
-        name, where = sums[int(np.argmin(finite))][0].split(": ")
+        name, where = peaks[int(np.argmin(finite))][0].split(": ")
         raise ValueError(f"pack: {name}: expected finite values, got NaN or Inf in {where}")
 
 
@@ -158,6 +158,9 @@ def distortion_of(layer: LayerInput, coding: Coding, tokens: int, index: int) ->
             keys[row, :, : len(spot)] = _picked(layer.keys[row], spot)
             values[row, :, : len(spot)] = _picked(layer.values[row], spot)
             real[row, :, : len(spot)] = 1
+    for name, sample in (("keys", keys), ("values", values)):  # pack would name the token by its place in the sample
+        if not np.isfinite(sample).all():
+            raise ValueError(f"pack: {name}: expected finite values, got NaN or Inf in layer {index}")
     counts = np.maximum(real.sum(2), 1)
     mean = values.sum(2) / counts
     spread = ((values - mean[:, :, None]) ** 2 * real).sum((2, 3)) / counts[..., 0]

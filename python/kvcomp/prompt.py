@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from .choose import candidates_of, layer_priorities, layer_shares
 from .devices import arena_on, kind_of_layer, refuse_hold
 from .hold import compact, least_held
 from .layer_input import Array, LayerInput, cuda_of, first_tokens, upload
-from .measure import at_random, check_sums, distortion_of, importance_of, recency, sums_on_gpu
+from .measure import at_random, check_peaks, distortion_of, importance_of, peaks_on_gpu, recency
 from .packed import Packed, Report, ratio_text
 from .pages import GRANULE_BYTES, PageRows, WholePages, bytes_held, write_pages
 from .policy import Policy
@@ -27,14 +26,6 @@ from .store import BFLOAT16, FLOAT16, PAGE, ROTATIONS, SCALE_DTYPES, SCALES, Cod
 
 def _half(tensor: Any) -> int:
     return BFLOAT16 if "bfloat16" in str(tensor.dtype) else FLOAT16
-
-
-@dataclass(frozen=True)
-class _OnGpu(Account):
-    """Where slabs share granules."""
-
-    def held(self, plans: Sequence[PageRows]) -> int:
-        return bytes_held(plans, self.layout, self.entry_bytes, self.list_bytes, GRANULE_BYTES)
 
 
 class Compressor:
@@ -66,7 +57,7 @@ class Compressor:
         self._page_bytes: list[int] = []
         self._tokens: list[dict[tuple[int, int], int]] = []  # of each layer, by class
         self._whole: WholePages | None = None  # where every token is kept at fixed bits
-        self._sums: list[tuple[str, Any]] = []  # of rows on a GPU: finite if they are
+        self._peaks: list[tuple[str, Any]] = []  # largest magnitudes of rows on a GPU: finite if they are
         self._least: int | None = 0
         self._over = False
         self._need = 0.0  # bytes of the first layer's smallest plan, a head, with prefill="layerwise"
@@ -88,7 +79,7 @@ class Compressor:
             self._begin(layer)
         self._shapes.append(layer.shape)
         if self._device is not None:
-            self._sums += [(f"{name}: layer {index}", part) for name, part in sums_on_gpu(layer, self._first)]
+            self._peaks += [(f"{name}: layer {index}", part) for name, part in peaks_on_gpu(layer, self._first)]
         if self._whole is not None:
             self._pack_whole(self._whole, layer, index)
             return
@@ -100,7 +91,7 @@ class Compressor:
         """All layers have been added."""
         if len(self._shapes) != self.layers:
             raise ValueError(f"compress: layers: expected {self.layers}, got {len(self._shapes)}")
-        check_sums(self._sums)
+        check_peaks(self._peaks)
         if self._ready:
             self._pack(self._budget(self._bf16_bytes()))
         elif self.layers > 1 and (self._whole is None or self._whole.odd):
@@ -161,11 +152,11 @@ class Compressor:
         given = isinstance(policy.rotation, Rotation)
         rotation = 0 if given or policy.fixed_class == (16, 16) else ROTATIONS[str(policy.rotation)]
         self._coding = Coding(layout, rotation, SCALES[policy.scale], int(policy.stochastic), policy.seed)
-        account = Account if self._device is None else _OnGpu
-        self._account = account(layout)
+        self._account = Account(layout, granule=self._granule)
         if policy.fixed_class is None:
             hold = policy.decode == "hold"
-            self._account = account(layout, PAGE.itemsize + WORTH_BYTES * hold, LIST_BYTES + list_bytes(hold))
+            entry, each = PAGE.itemsize + WORTH_BYTES * hold, LIST_BYTES + list_bytes(hold)
+            self._account = Account(layout, entry, each, self._granule)
         self._arena = arena_on(self._device)
         if policy.fixed_class is not None and policy.select is None:
             self._whole = WholePages(self._arena, self._coding, self.layers)
@@ -247,7 +238,7 @@ class Compressor:
             weights = layer_shares(select, self.layers, max(shape[2], 1), 1) * layer_priorities(select, self.layers)
         else:
             weights = np.ones(self.layers)
-        left = self._budget(self._bf16_bytes()) - self._held()
+        left = self._budget(self._bf16_bytes()) - self._taken()
         share = max(left * weights[index] / weights[index:].sum(), self._need * shape[1])
         return max(0, int(min(share, left - self._need_later())))
 
@@ -257,6 +248,16 @@ class Compressor:
 
     def _held(self) -> int:
         return int(self._arena.nbytes) + sum(layer.table_bytes for layer in self._packed)
+
+    @property
+    def _granule(self) -> int:
+        """What all slabs of a plan are rounded up to: on a GPU, of a plan for all layers, to what they share."""
+        return 1 if self._device is None or not self.keeps else GRANULE_BYTES
+
+    def _taken(self) -> int:
+        """Of the budget, by layers that are packed one by one. On a GPU these share granules: one, at most, is not full
+        when all are packed."""
+        return self._held() if self._device is None else sum(self._page_bytes) + GRANULE_BYTES
 
     def _held_bytes(self, budget: int) -> int:
         """What is held while decoding: the budget, if the 16-bit tails alone can live in it."""

@@ -62,9 +62,18 @@ class Account:
     layout: Layout
     entry_bytes: int = PAGE.itemsize
     list_bytes: int = LIST_BYTES
+    granule: int = 1  # what all slabs together are rounded up to
 
     def held(self, plans: Sequence[PageRows]) -> int:
-        return bytes_held(plans, self.layout, self.entry_bytes, self.list_bytes)
+        return self._held(plans, self.granule)
+
+    def _held(self, plans: Sequence[PageRows], granule: int) -> int:
+        return bytes_held(plans, self.layout, self.entry_bytes, self.list_bytes, granule)
+
+    def excess(self, plans: Sequence[PageRows], budget: int) -> int:
+        """Bytes to be saved until as many granules as the budget cannot hold are free; what is held is over it."""
+        held = self.held(plans)
+        return self._held(plans, 1) - held - (budget - held) // self.granule * self.granule
 
 
 class Over(Exception):
@@ -185,7 +194,7 @@ def _planned(ready: Sequence[Ready], policy: Policy, account: Account, budget: i
             return Spent(plans, bits, [one.fixed for one in ready], least, held > budget)
         if smallest:
             raise Over(held)
-        limit = max(limit - (held - budget), 0)  # below 0 it would be none
+        limit = max(limit - account.excess(plans, budget), 0)  # below 0 it would be none
 
 
 # ---- one class for all

@@ -60,9 +60,10 @@ def packed_while(tails: Array, added: Array, window: int, packs: Array) -> Array
 
 def _needs(tails: Array, added: Array, window: int, packs: Array) -> tuple[Array, Array]:
     """Most pages that lists take for ``added`` tokens each: 16-bit ones, packed ones; arrays of one shape."""
-    states = np.stack([part.reshape(-1).astype(np.int64) for part in (tails, added, packs)])
-    kinds, back = np.unique(states, axis=1, return_inverse=True)
-    found = [_C.append_need(int(tail), int(new), window, bool(pack)) for tail, new, pack in kinds.T]
+    most = int(added.max(initial=0)) + 1  # one number for each state: rows would take ten times as long to sort
+    states = (tails.astype(np.int64) * most + added) * 2 + packs
+    kinds, back = np.unique(states, return_inverse=True)
+    found = [_C.append_need(kind // 2 // most, kind // 2 % most, window, bool(kind % 2)) for kind in kinds.tolist()]
     needs = np.array(found, np.int64).reshape(-1, 2)[back.reshape(-1)]
     return needs[:, 0].reshape(tails.shape), needs[:, 1].reshape(tails.shape)
 
@@ -123,6 +124,13 @@ class Group:
     def lists_each(self) -> int:
         """Lists of a layer."""
         return int(self.mirror.lists.shape[1])
+
+    @property
+    def batches(self) -> set[int]:
+        """Numbers of sequences of the layers."""
+        if self.active:
+            return {self.lists_each // self.heads}
+        return {len(layer.lists) // self.heads for layer in self.layers}
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -265,20 +273,31 @@ class Group:
         layout = self.coding.layout
         done: list[tuple[int, Array]] = []
         found = [np.zeros(int(part.sum()), np.uint32) for part in want]
-        owners = np.repeat(classes.reshape(-1, 2), want[1].reshape(-1), axis=0)
+        kinds = classes[:, :, 0].astype(np.int64) * 32 + classes[:, :, 1]
+        owners = np.repeat(kinds.reshape(-1), want[1].reshape(-1))
         parts = [(found[0], np.ones(len(found[0]), bool), (16, 16))]
-        parts += [(found[1], (owners == pair).all(1), tuple(pair.tolist())) for pair in np.unique(owners, axis=0)]
+        parts += [(found[1], owners == kind, divmod(int(kind), 32)) for kind in np.flatnonzero(np.bincount(owners))]
         try:
             for units, members, pair in parts:
                 if members.any():
                     size = _C.page_bytes(layout, *pair)
-                    units[members] = self.arena.alloc(size, int(members.sum()))
+                    units[members] = self._units(size, int(members.sum()))
                     done.append((size, units[members]))
         except MemoryError:
             for size, units in done:
                 self.arena.free(size, units)
             raise
         return found
+
+    def _units(self, size: int, count: int) -> Array:
+        """New pages; what torch keeps of a device's memory for later is asked for before there are none."""
+        try:
+            return self.arena.alloc(size, count)
+        except MemoryError:
+            if self.device.type != "cuda":
+                raise
+            torch.cuda.empty_cache()
+            return self.arena.alloc(size, count)
 
     # ---- aging
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _C
-from .layer_input import to_float32
+from .layer_input import real_counts, to_float32
 
 if TYPE_CHECKING:
     from .ranks import Ranks
@@ -144,7 +144,7 @@ class PackedLayer:
         ``make_room`` is called with the most bytes that will be taken, before they are.
         """
         _, q = self._group_and_new("append", "keys", keys, most=1)
-        valid = self._counts("append", "valid", valid, q)
+        valid = real_counts("append", "valid", valid, self.batch, q)
         if self.rotation is not None:
             k_turn, v_turn = self.rotation
             keys, values = rotated(keys, k_turn), rotated(values, v_turn)
@@ -253,15 +253,6 @@ class PackedLayer:
             raise ValueError(f"{op}: {name}: expected shape ({self.batch}, {heads}, q, {head_dim}), got {shape}")
         return group, int(shape[2])
 
-    def _counts(self, op: str, name: str, given: Any, q: int) -> np.ndarray[Any, Any] | None:
-        """(b,) int32 of the real ones among q new tokens; None: all are."""
-        if given is None:
-            return None
-        counts = np.asarray(given)
-        if counts.dtype.kind not in "iu" or counts.shape != (self.batch,) or (counts < 0).any() or (counts > q).any():
-            raise ValueError(f"{op}: {name}: expected {self.batch} integers in 0..{q}, got {counts.tolist()}")
-        return np.ascontiguousarray(counts, np.int32)
-
     def _grown(self, pages: int) -> np.ndarray[Any, Any]:
         """The table, or a larger copy of it, with room for ``pages`` more in every row."""
         wanted = int(self.lists[:, PAGES].max(initial=0)) + pages
@@ -286,7 +277,7 @@ class PackedLayer:
         ``mass``: (lists, tokens or more) float32, receives every token's attention probability in page order.
         """
         group, q = self._group_and_new("attend", "queries", queries)
-        counts = self._counts("attend", "new_tokens", new_tokens, q)
+        counts = real_counts("attend", "new_tokens", new_tokens, self.batch, q)
         out = empty_like(queries) if out is None else out
         if self.rotation is not None:
             turned = rotated(queries, self.rotation[0])
@@ -334,7 +325,7 @@ class PackedLayer:
         _, q = self._group_and_new("append", "queries", queries)
         if q != self._group_and_new("append", "keys", keys, most=1)[1]:
             raise ValueError(f"append: queries: expected those of {keys.shape[2]} new tokens, got {q}")
-        counts = self._counts("append", "valid", valid, q)
+        counts = real_counts("append", "valid", valid, self.batch, q)
         # What would be refused after the first append is refused before it.
         self.attend(queries[:, :, :0], scale=scale, softcap=softcap)
         if q <= CHUNK:

@@ -146,9 +146,6 @@ class CudaLayer(PackedLayer):
         lists = self.held.lists if group is None else group.by_layer[self.place].lists
         return len(lists) // self.heads
 
-    def _counts(self, op: str, name: str, given: Any, q: int) -> Array | None:
-        return real_counts(op, name, given, self.batch, q)
-
     # ---- passes
 
     def append(
@@ -161,7 +158,7 @@ class CudaLayer(PackedLayer):
         """PackedLayer.append; rows are not looked at, so NaN and Inf are stored. ``make_room`` is not called: nothing
         holds a byte budget on a device."""
         _, q = self._group_and_new("append", "keys", keys, most=1)
-        self._pass(None, keys, values, q, self._counts("append", "valid", valid, q), 1.0, 0.0, None)
+        self._pass(None, keys, values, q, real_counts("append", "valid", valid, self.batch, q), 1.0, 0.0, None)
 
     def append_attend(
         self,
@@ -179,7 +176,7 @@ class CudaLayer(PackedLayer):
         ratio, q = self._group_and_new("append", "queries", queries)
         if q != self._group_and_new("append", "keys", keys, most=1)[1]:
             raise ValueError(f"append: queries: expected those of {keys.shape[2]} new tokens, got {q}")
-        counts = self._counts("append", "valid", valid, q)
+        counts = real_counts("append", "valid", valid, self.batch, q)
         kind = (queries.dtype, queries.device, ratio, scale, softcap)
         if kind not in self._attended:  # what would be refused after the append is refused before it
             self.attend(queries[:, :, :0], scale=scale, softcap=softcap)
@@ -286,7 +283,7 @@ class CudaLayer(PackedLayer):
         if self.rotation is None:
             return super().attend(queries, scale=scale, softcap=softcap, new_tokens=new_tokens, out=out, mass=mass)
         group, q = self._group_and_new("attend", "queries", queries)
-        counts = self._counts("attend", "new_tokens", new_tokens, q)
+        counts = real_counts("attend", "new_tokens", new_tokens, self.batch, q)
         k_turn, _, v_back = self._turns()
         rows = turned(queries, k_turn)
         mixed = torch.empty_like(rows)
@@ -363,6 +360,11 @@ class Stacked:
     def generation(self) -> int:
         """Changes when tensors moved."""
         return sum(group.moves for group in self.groups)
+
+    @property
+    def batches(self) -> set[int]:
+        """Numbers of sequences of the layers: one, but while sequences are being selected."""
+        return set().union(*(group.batches for group in self.groups))
 
     def step_key(self) -> tuple[int, int, bool, bool]:
         """What a captured graph of the pass at hand depends on."""

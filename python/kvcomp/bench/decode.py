@@ -2,7 +2,8 @@
 transformers' own: time to the first token, time per token, bytes, and where a step's time goes.
 
 Every cell is checked: the logits of its first decode steps, of the first sequence, against the plain bf16 cache that is
-given the same tokens. Parts that the results file has already are not measured again.
+given the same tokens. Parts that the results file has already are not measured again, so that a bench can be made in
+slices of some minutes each. Every prompt is read whole: no cache is made up or copied.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 import transformers
 
-from .. import Policy, results
+from .. import Policy, results, w4
 from ..hf import compress
 
 RIVALS = ("dynamic", "static", "quantized")
 WARM_TOKENS = 4  # of each answer, left out of the median: recording, compiling
 CHECKED = 4  # decode steps whose logits are compared
 PROFILED = 8  # decode steps that are profiled
+_AND = " && "  # between the commands of several runs
 _SHORT = 128  # tokens of the prompt that readies libraries
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -53,25 +55,40 @@ _KINDS = (
     ("append", r"append"),
     ("divide", r"divide"),
     ("attention", r"flash|fmha|sdpa|cudnn_generated|attention"),
-    ("linear", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|(^|_)(add)?b?mm(_|$)"),
+    ("linear", r"w4_|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|(^|_)(add)?b?mm(_|$)"),
 )
 
 
 @dataclass
 class Settings:
-    """What is measured. ``compile``, ``graphs``: of kvcomp.compress."""
+    """What is measured. ``weight_bits``: 16, and 4 (all layers, groups of 128, E5M5 scales) for kvcomp's cache alone.
+    ``compile``, ``graphs``: of kvcomp.compress. ``layers``: fewer or more than the shape has;
+    ``minutes``: no part is begun later than this."""
 
     shape: str = "llama-3.1-8b"
+    layers: int | None = None
     batches: Sequence[int] = (1, 8, 32)
     context: int = 32768
     new: int = 256
     bits: Sequence[int] = (4,)
+    weight_bits: Sequence[int] = (16,)
     rivals: Sequence[str] = RIVALS
     device: str = "cuda"
     compile: Any = "auto"
     graphs: bool = True
     first_samples: int = 2
+    minutes: float | None = None
     seed: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the model."""
+        return SHAPES[self.shape] | ({} if self.layers is None else {"num_hidden_layers": self.layers})
+
+    @property
+    def name(self) -> str:
+        """Of the model, in results."""
+        return self.shape if self.layers is None else f"{self.shape}, {self.layers} layers"
 
 
 @dataclass
@@ -86,15 +103,33 @@ class _Answer:
 
 
 class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Never stops; notes when each token was there. generate waits for the device at every token anyway."""
+    """Never stops; notes when each token is there: on a GPU by events, which make nobody wait."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.times = device, list[float]()
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._on_gpu = ids.device.type == "cuda"
+        self._going_on = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self._marks: list[Any] = []
+        _wait(ids.device)
+        self._mark()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **arguments: Any) -> torch.Tensor:
-        _wait(self._device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._mark()
+        return self._going_on
+
+    def _mark(self) -> None:
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,unused-ignore]
+        event.record()
+        self._marks.append(event)
+
+    def token_ms(self) -> list[float]:
+        """From each mark to the next; the first is when the clock was made."""
+        if self._on_gpu:
+            self._marks[-1].synchronize()
+            return [before.elapsed_time(after) for before, after in itertools.pairwise(self._marks)]
+        return [1e3 * (after - before) for before, after in itertools.pairwise(self._marks)]
 
 
 class _Keep(transformers.LogitsProcessor):  # type: ignore[misc]
@@ -120,28 +155,49 @@ def bench(
     """A results object of kind ``decode``. ``before``: one to go on with, of the same machine and versions; ``save`` is
     called with what is there after every part. ValueError for settings out of range."""
     _check(settings)
+    began = time.perf_counter()
     device = torch.device(settings.device)
     found = results.new("decode", command=command)
-    if before is not None and all(before.get(name) == found[name] for name in ("machine", "versions")):
-        found = before | {"command": command}
+    if before is not None:
+        other = [name for name in ("machine", "versions") if before.get(name) != found[name]]
+        if other:
+            tell(f"what there was is of other {' and '.join(other)}: everything is measured anew")
+        else:
+            commands = before["command"].split(_AND)
+            found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
     found.setdefault("not_measured", {})
     done = {(cell["impl"], *sorted(cell["case"].items())) for cell in found["cells"]}
     parts = [part for part in _parts(settings) if (part[0], *sorted(part[1].items())) not in done]
     if not parts:
         return found
-    tell(f"making {settings.shape} with random weights")
-    model = build(settings.shape, device, settings.seed)
+    model = build(settings.config, device, settings.seed)
+    _wait(device)
     found["weight_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
+    tell(
+        f"{settings.name}, {found['weight_bytes'] / 1e9:.1f} GB of random weights: {time.perf_counter() - began:.0f} s"
+    )
     for impl, case, measure in parts:
         name = f"{impl}, batch {case['b']}, {case['s']} tokens, {case['k_bits']} bit"
-        tell(name)
+        name += "" if case["w_bits"] == 16 else f", weights of {case['w_bits']} bit"
         started = time.perf_counter()
+        if settings.minutes is not None and started - began > 60 * settings.minutes:
+            tell(f"{name}: left for the next run, after {settings.minutes:g} minutes")
+            continue
+        tell(name)
+        if case["w_bits"] == 4 and not w4.report(model).layers:
+            quantized = w4.quantize_model(model, "all")
+            found["packed_weights"] = {"bytes": quantized.nbytes, "bits_per_weight": quantized.bits_per_weight}
+            _tidy(device)
         try:
             cell = measure(model, impl, case)
-        except torch.OutOfMemoryError as error:
-            found["not_measured"][name] = "out of memory: " + str(error).splitlines()[0]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            found["not_measured"][name] = "out of memory: " + _first_line(error)
         except ImportError as error:
             found["not_measured"][name] = str(error)
+        except Exception as error:
+            if impl == "kvcomp":
+                raise
+            found["not_measured"][name] = _first_line(error)  # a rival's own reason for not being here
         else:
             found["not_measured"].pop(name, None)
             found["cells"].append(cell)
@@ -151,6 +207,8 @@ def bench(
             )
         # A rival's compiled forward would be made anew for any batch, instead of for the next one.
         vars(model).pop("_compiled_call", None)
+        if name in found["not_measured"]:
+            tell(f"{name}: not measured: {found['not_measured'][name]}")
         torch._dynamo.reset()
         _tidy(device)
         save(found)
@@ -160,12 +218,12 @@ def bench(
 def _check(settings: Settings) -> None:
     if settings.shape not in SHAPES:
         raise ValueError(f"bench: --model-shape: expected one of {', '.join(SHAPES)}, got {settings.shape}")
-    for name, least in (("context", 2), ("new", WARM_TOKENS + CHECKED + 1), ("first_samples", 1)):
-        if getattr(settings, name) < least:
+    for name, least in (("context", 2), ("new", WARM_TOKENS + CHECKED + 1), ("first_samples", 1), ("layers", 1)):
+        if getattr(settings, name) is not None and getattr(settings, name) < least:
             raise ValueError(
                 f"bench: --{name.replace('_', '-')}: expected {least} or more, got {getattr(settings, name)}"
             )
-    most = SHAPES[settings.shape]["max_position_embeddings"] - settings.new - PROFILED
+    most = settings.config["max_position_embeddings"] - settings.new - WARM_TOKENS - 2 * PROFILED
     if settings.context > most:
         raise ValueError(f"bench: --context: expected at most {most} for {settings.shape}, got {settings.context}")
     if not settings.batches or min(settings.batches) < 1:
@@ -177,10 +235,10 @@ def _check(settings: Settings) -> None:
         raise ValueError("bench: --device: expected a CUDA device that torch can use, got none")
 
 
-def build(shape: str, device: torch.device, seed: int = 0) -> Any:
+def build(shape: dict[str, Any], device: torch.device, seed: int = 0) -> Any:
     """A model of this shape, bf16, weights N(0, 0.02^2), made where it is to be."""
     config = transformers.LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None
+        **shape, tie_word_embeddings=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None
     )
     torch.manual_seed(seed)
     with torch.device(device):
@@ -213,11 +271,12 @@ def _parts(settings: Settings) -> list[tuple[str, dict[str, Any], Callable[..., 
 
         return measure
 
-    for batch in settings.batches:
-        case = {"model": settings.shape, "b": batch, "s": settings.context, "w_bits": 16, "new": settings.new}
+    # The model is quantized in place, so 4-bit weights come last.
+    for w_bits, batch in itertools.product(sorted(settings.weight_bits, reverse=True), settings.batches):
+        case = {"model": settings.name, "b": batch, "s": settings.context, "w_bits": w_bits, "new": settings.new}
         for bits in settings.bits:
             parts.append(("kvcomp", case | {"k_bits": bits, "v_bits": bits}, ours))
-        for name in settings.rivals:
+        for name in settings.rivals if w_bits == 16 else ():
             impl, bits, arguments = plain[name]
             parts.append((impl, case | {"k_bits": bits, "v_bits": bits}, rival(arguments)))
     return parts
@@ -269,9 +328,11 @@ def _cell(
         **_kv_bytes(cache, model, case["b"]),
     }
     if packing is not None:
-        values |= {"replayed_steps": packing.steps.replays - replays, "compile": str(settings.compile)}
+        values |= {"replayed_steps": packing.steps.replays - replays, "joined": packing.steps.joined}
+        values["compile"] = str(settings.compile)
     if device.type == "cuda" and "cache_implementation" not in arguments:
-        values["shares"] = _shares(model, cache, answer.tokens)
+        shares = values["shares"] = _shares(model, cache, answer.tokens)
+        shares["around_ms"] = max(0.0, values["tpot_ms"] - shares["step_ms"])
     tokens, logits = answer.tokens[:1, settings.context :], answer.logits
     del answer, cache
     if packing is not None:
@@ -282,12 +343,11 @@ def _cell(
 
 
 def _answer(model: Any, ids: torch.Tensor, new: int, arguments: dict[str, Any]) -> _Answer:
-    clock, keep = _Clock(ids.device), _Keep()
-    _wait(ids.device)
-    start = time.perf_counter()
+    keep, mask = _Keep(), torch.ones_like(ids)
+    clock = _Clock(ids)
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
@@ -296,8 +356,7 @@ def _answer(model: Any, ids: torch.Tensor, new: int, arguments: dict[str, Any]) 
         logits_processor=transformers.LogitsProcessorList([keep]),
         **arguments,
     )
-    times = [start, *clock.times]
-    steps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+    steps = clock.token_ms()
     return _Answer(steps[0], steps[1:], out.sequences, keep.logits, out.past_key_values)
 
 
@@ -349,7 +408,9 @@ def _error(
 
 
 def _shares(model: Any, cache: Any, sequences: torch.Tensor) -> dict[str, Any]:
-    """Milliseconds of a decode step by kind of kernel, the whole step's, and what of it no kernel ran in."""
+    """Milliseconds of a decode step by kind of kernel, the whole step's, and what of it no kernel ran in.
+
+    The host does not wait between these steps, as generate does."""
     position = int(cache.get_seq_length())
     tokens = sequences[:, -1:].contiguous()
     step: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
@@ -389,10 +450,15 @@ def _shares(model: Any, cache: Any, sequences: torch.Tensor) -> dict[str, Any]:
 
 def kind_of(kernel: str) -> str:
     """The part of a decode step that a kernel of this name is."""
+    fused = kernel.startswith("triton_")  # named after all that it stands between, attention too
     for kind, pattern in _KINDS:
-        if re.search(pattern, kernel, re.IGNORECASE):
+        if re.search(pattern, kernel, re.IGNORECASE) and (kind == "linear" or not fused):
             return kind
     return "rest"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _wait(device: torch.device) -> None:
@@ -405,26 +471,3 @@ def _tidy(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def rows(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A table of a results object: header, rows."""
-    header = ("", "batch", "tokens", "bits", "first token ms", "ms a token", "tokens/s", "KV MiB", "x bf16", "peak GiB")
-    made: list[tuple[str, ...]] = []
-    for cell in found["cells"]:
-        case, peak = cell["case"], cell["peak_bytes"]
-        made.append(
-            (
-                cell["impl"],
-                str(case["b"]),
-                str(case["s"]),
-                str(case["k_bits"]),
-                f"{cell['ttft_ms']:.1f}",
-                f"{cell['tpot_ms']:.2f}",
-                f"{cell['tokens_per_s']:.0f}",
-                f"{cell['kv_bytes'] / 2**20:.1f}",
-                "" if cell["kv_ratio"] is None else f"{cell['kv_ratio']:.2f}",
-                "" if peak is None else f"{peak / 2**30:.1f}",
-            )
-        )
-    return header, made

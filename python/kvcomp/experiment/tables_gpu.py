@@ -101,20 +101,20 @@ def decode_rows(found: Results) -> tuple[Row, list[Row]]:
     for cell in found["cells"]:
         plain = best.get(_decode_place(cell)) if cell["impl"] == "kvcomp" else None
         rows.append((
-            cell["impl"],
+            _decode_name(cell),
             f"B{cell['case']['b']}/{_length(cell['case']['s'])}",
             str(cell["case"]["k_bits"]),
             f"{cell['ttft_ms']:.0f} ms",
             f"{cell['tpot_ms']:.2f} ms",
             NOTHING if plain is None else f"{plain / cell['tpot_ms']:.2f}×",
             f"{cell['tokens_per_s']:.0f}",
-            f"{cell['kv_bytes'] / 1e9:.2f} GB",
+            f"{cell['kv_bytes'] / 1e9:.2f} GB" + (f" (1/{ratio:.2f})" if (ratio := cell.get("kv_ratio")) else ""),
             NOTHING if cell.get("peak_bytes") is None else f"{cell['peak_bytes'] / 1e9:.1f} GB",
         ))  # fmt: skip
     for name, reason in found.get("not_measured", {}).items():
         rows.append((name, *[NOTHING] * 7, "out of memory" if reason.startswith("out of memory") else "not run"))
-    header = ("cache", "", "bits", "first token", "a token", "faster than the best plain", "tokens/s", "KV cache",
-              "peak memory")  # fmt: skip
+    header = ("cache", "", "bits", "first token", "a token", "faster than the best plain", "tokens/s",
+              "KV cache (of bf16)", "peak memory")  # fmt: skip
     return header, rows
 
 
@@ -127,10 +127,17 @@ def share_rows(found: Results) -> tuple[Row, list[Row]]:
             continue
         kinds = shares["kernels_ms"]
         other = sum(taken for kind, taken in kinds.items() if kind not in _PARTS)
-        where = f"{cell['impl']}, B{cell['case']['b']}/{_length(cell['case']['s'])}, {cell['case']['k_bits']} bits"
-        parts = [*(kinds.get(kind, 0.0) for kind in _PARTS), other, shares["idle_ms"], shares["step_ms"]]
+        case = cell["case"]
+        where = f"{_decode_name(cell)}, B{case['b']}/{_length(case['s'])}, {case['k_bits']} bits"
+        parts = [*(kinds.get(kind, 0.0) for kind in _PARTS), other]
+        parts += [shares[name] for name in ("idle_ms", "step_ms", "around_ms")]
         rows.append((where, *(f"{taken:.2f}" if taken else NOTHING for taken in parts)))
-    return ("ms of a step", *_PARTS, "other kernels", "no kernel", "all"), rows
+    return ("ms of a step", *_PARTS, "other kernels", "no kernel", "all", "generate around it"), rows
+
+
+def _decode_name(cell: Results) -> str:
+    bits = cell["case"].get("w_bits", 16)
+    return str(cell["impl"]) + ("" if bits == 16 else f", {bits}-bit weights")
 
 
 def _decode_place(cell: Results) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ try:
 except ImportError as error:
     raise ImportError(f"kvcomp.hf: expected torch and transformers (pip install 'kvcomp[hf]'), got: {error}") from error
 
+from .. import w4 as _w4  # noqa: F401  (registers its checkpoints with transformers)
 from .cache import Cache
 from .context import compress
 

@@ -5,16 +5,19 @@ A step of a new kind (another cache, batch, arguments; tensors that moved) runs 
 libraries and compilers; the second one of its kind is recorded, which runs nothing, and replayed, as are all later
 ones. A step that observes attention is a kind of its own (kvcomp.store_cuda)."""
 
+import contextlib
 import gc
+import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from .joined import Joined
 from .step import Parts, Step, compiled_layer, step_of, stepping
 
 Compile = bool | Literal["auto"] | dict[str, Any]
@@ -22,9 +25,17 @@ Compile = bool | Literal["auto"] | dict[str, Any]
 
 @dataclass
 class _Recording:
+    """Without the cache: what is kept of a cache must not keep it."""
+
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, torch.Tensor]
-    output: Any
+    kind: type  # of the output
+    output: dict[str, Any]
+
+    def copied(self, cache: Any) -> Any:
+        """The model's output, with copies of the tensors, which the next replay overwrites."""
+        own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in self.output.items()}
+        return self.kind(**own, past_key_values=cache)
 
 
 class _Kinds:
@@ -55,9 +66,13 @@ class Steps:
         self, model: Any, config: Any, layers: int, forward: Callable[..., Any], graphs: bool, compile: Compile
     ) -> None:
         self._model, self._config, self._layers, self._forward = model, config, layers, forward
+        self._takes_positions = "position_ids" in inspect.signature(forward).parameters
         self._graphs = graphs and os.environ.get("KVCOMP_GRAPHS", "1") != "0"
         self._compile = compile
         self._compiled: Callable[..., Any] | None = None
+        self._joins = True
+        self._joined: Joined | None = None
+        self._joined_at: tuple[int, ...] = ()  # addresses
         self._parts: Parts | None = None
         self._kinds: weakref.WeakKeyDictionary[Any, _Kinds] = weakref.WeakKeyDictionary()
         self._side: torch.cuda.Stream | None = None
@@ -91,12 +106,17 @@ class Steps:
             or not state.takes_step(len(step.tensors["input_ids"]), step.mask)
         ):
             return None
+        parts.look()
         compiled = self._layer_function() if compiles and parts.decoders else None
+        if compiled is not None and self._joins:
+            self._join(parts)
         if packed.stacked is None:
             return self._eager(step, parts, compiled)
         packed.stacked.begin_step(1, None)
-        if not graphs or parts.positions_on_host:
+        if not graphs or parts.positions_on_host or not self._takes_positions:
             return self._eager(step, parts, compiled)
+        if "position_ids" not in step.tensors:  # the model would ask the cache: a number, which would be recorded
+            step.tensors["position_ids"] = torch.full((1, 1), state.seen[0], device=device)
         return self._recorded(step, parts, compiled)
 
     def _compiles(self, device: torch.device) -> bool:
@@ -107,27 +127,69 @@ class Steps:
             self._compiled = compiled_layer(self._compile if isinstance(self._compile, dict) else None)
         return self._compiled
 
+    def _join(self, parts: Parts) -> None:
+        """Layers that read the same rows are one product in compiled steps; again after the model moved."""
+        if self._joined is not None and self._joined_at == parts.addresses:
+            return
+        self._undo_joins()
+        try:
+            self._joined = Joined(module for layer in parts.decoders for module in layer.modules())
+        except torch.OutOfMemoryError:
+            self._joins = False
+        parts.look()
+        self._joined_at = parts.addresses
+
+    def _undo_joins(self) -> None:
+        if self._joined is not None:
+            self._joined.undo()
+            self._joined = None
+
+    @contextlib.contextmanager
+    def _stepping(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Iterator[None]:
+        joined = self._joined if compiled is not None else None
+        with stepping(parts, step.cache, compiled), contextlib.nullcontext() if joined is None else joined.active():
+            yield
+
+    @property
+    def joined(self) -> int:
+        """Sets of layers that are one product each in compiled steps."""
+        return 0 if self._joined is None else len(self._joined)
+
+    def close(self) -> None:
+        """The model is as it was."""
+        self._kinds.clear()
+        self._undo_joins()
+
     # ---- as it is
 
     def _eager(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
         """The step, run now."""
         state = step.cache._state
         try:
-            try:
-                with stepping(parts, step.cache, compiled):
-                    out = self._call(step, step.tensors)
-            except Exception as error:
-                if compiled is None or self._compile != "auto" or state.step_began():
-                    raise
-                self._compile = False
-                warnings.warn(f"compress: compile: decoder layers run as they are: {_first_line(error)}", stacklevel=2)
-                with stepping(parts, step.cache, None):
-                    out = self._call(step, step.tensors)
+            out = self._tried(step, parts, compiled)
         except BaseException:
             state.step_failed()
             raise
         state.step_done()
         return out
+
+    def _tried(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+        """The step's output; where compiling fails, without joined layers, and then ("auto") without compiling."""
+        try:
+            with self._stepping(step, parts, compiled):
+                return self._call(step, step.tensors)
+        except Exception as error:
+            if compiled is None or step.cache._state.step_began():
+                raise
+            if self.joined:
+                self._joins = False
+                self._undo_joins()
+            elif self._compile == "auto":
+                self._compile, compiled = False, None
+                warnings.warn(f"compress: compile: decoder layers run as they are: {_first_line(error)}", stacklevel=2)
+            else:
+                raise
+        return self._tried(step, parts, compiled)
 
     def _call(self, step: Step, tensors: dict[str, torch.Tensor]) -> Any:
         return self._forward(**tensors, **step.settings, past_key_values=step.cache, use_cache=True)
@@ -163,7 +225,7 @@ class Steps:
         stacked.replayed()
         self.replays += 1
         state.step_done()
-        return _copied(recording.output)
+        return recording.copied(step.cache)
 
     def _record(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> _Recording:
         packed = step.cache._state.packed
@@ -185,8 +247,10 @@ class Steps:
                 if collects:
                     gc.enable()
 
-        with packed.stacked.capture(), stepping(parts, step.cache, compiled):
-            return _Recording(graph, inputs, self._on_side(record))
+        with packed.stacked.capture(), self._stepping(step, parts, compiled):
+            out = self._on_side(record)
+        parts_of = {name: part for name, part in out.items() if name != "past_key_values"}
+        return _Recording(graph, inputs, type(out), parts_of)
 
     def _on_side(self, work: Callable[[], Any]) -> Any:
         """`work` on a stream of this object's own, which is the one that steps are recorded on: what libraries keep for
@@ -204,10 +268,3 @@ class Steps:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _copied(output: Any) -> Any:
-    """A model's output with copies of its tensors, which the next replay overwrites."""
-    return type(output)(
-        **{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
-    )

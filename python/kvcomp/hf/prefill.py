@@ -14,7 +14,7 @@ from .padding import left_padding
 
 SHARE = 0.4  # of free memory: a batch whose 16-bit keys and values would take more is read sequence by sequence
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-_KNOWN = (*_INPUTS, "use_cache", "logits_to_keep", "return_dict")
+_KNOWN = (*_INPUTS, "cache_position", "use_cache", "logits_to_keep", "return_dict")
 
 
 class Prefill:

@@ -132,6 +132,7 @@ class State:
             self._check_mask(self._real, batch)
             self._first = None if self._real is None or bool(self._real.all()) else left_padding(self._real).numpy()
             if self.seen[0] >= self.expected:
+                self._leave_room(keys.nbytes + values.nbytes)
                 self._compressor = Compressor(self.policy, self.layers, least_if_over=True)
         window = self.policy.scoring_window
         last = queries[:, :, -window:] if window else None
@@ -159,6 +160,13 @@ class State:
         if index == self.layers - 1:
             self._padding.extend(None if self._first is None else self._real, batch, count)
             self._finish()
+
+    def _leave_room(self, nbytes: int) -> None:
+        """On a GPU: pages are not torch's memory. Where all layers' might not fit beside what torch keeps for later,
+        that is given back. nbytes: of one layer at 16 bits."""
+        device = self._device
+        if device is not None and device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < nbytes * self.layers:
+            torch.cuda.empty_cache()
 
     def prime(self, prompt: Sequence[LayerInput]) -> None:
         """As if the first pass had gone over this prompt, whose layers are at hand. Without padding."""
@@ -240,7 +248,10 @@ class State:
         packed = self.packed
         if packed is None or self._broken or self._new is not None or len(set(self.seen)) > 1:
             return False
-        if any(layer.batch != batch for layer in packed.layers):
+        if packed.stacked is not None:
+            if packed.stacked.batches != {batch}:
+                return False
+        elif any(layer.batch != batch for layer in packed.layers):
             return False
         if mask is not None:
             real = mask.cpu().bool()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from .attention import STEP
+from .attention import NAME, STEP
 from .cache import Cache
 from .library import handle
 
@@ -121,18 +121,18 @@ class Parts:
                 inside = [sum(part in self.attention for part in layer.modules()) for layer in module]
                 if all(count == 1 for count in inside) and len({type(layer) for layer in module}) == 1:
                     self.decoders = list(module)
-        self.parameters = list(model.parameters())
-        devices = {parameter.device for parameter in self.parameters}
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self.look()
+        devices = {parameter.device for parameter in model.parameters()}
         self.device = devices.pop() if len(devices) == 1 else None
+
+    def look(self) -> None:
+        """Where the model's tensors are now. All of them: of a model that moved, some may be where they were."""
+        self.addresses = tuple([tensor.data_ptr() for tensor in self._tensors])
 
     @property
     def hooks_changed(self) -> bool:
         return bool(self.hooks != RemovableHandle.next_id)
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Of the first and the last parameter, which move when the model does."""
-        return tuple(parameter.data_ptr() for parameter in (*self.parameters[:1], *self.parameters[-1:]))
 
 
 def _run_layer(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -155,15 +155,19 @@ def stepping(parts: Parts, cache: Cache, compiled: Callable[..., Any] | None) ->
     handles = [handle(layer) for layer in state.packed.layers]
     # The cache's layers are asked for nothing but lengths: the attention function goes to the packed ones.
     state.stepping = True
+    implementation = state.config._attn_implementation
     try:
         for module in parts.attention:
             setattr(module, STEP, handles[_layer_of(module)])
         if compiled is not None:
+            # A plain str: torch.compile does not look up others in every version. What was set before is not asked for.
+            state.config._attn_implementation = NAME
             for layer in parts.decoders:
                 layer.forward = functools.partial(_without_cache, compiled, layer)
         yield
     finally:
         state.stepping = False
+        state.config._attn_implementation = implementation
         for module in parts.attention:
             vars(module).pop(STEP, None)
         for layer in parts.decoders:
