@@ -92,11 +92,15 @@ extern "C" __attribute__((visibility("default"))) const kvc_backend *kvc_cuda_ba
         .norms = kvc_norms_cuda,
         .accumulate = kvc_accumulate_cuda,
         .select = kvc_select_cuda,
+        .bsr_matmul = kvc_bsr_matmul_cuda,
+        .bsr_sddmm = kvc_bsr_sddmm_cuda,
         .memory_reserve = kvc_memory_reserve,
         .memory_commit = kvc_memory_commit,
         .memory_release = kvc_memory_release,
         .memory_unreserve = kvc_memory_unreserve,
         .memory_copy = kvc_memory_copy,
+        .w4_matmul = kvc_w4_matmul_cuda,
+        .w4_workspace = kvc_w4_workspace_cuda,
     };
     return &table;
 }

@@ -14,7 +14,7 @@ cp "$build/_C.abi3.so" "$build/package/kvcomp/"
 
 # An editable install finds its package before any path does, so its finder steps aside for this run. Leaks are not
 # looked for: the interpreter's own would drown ours.
-tests=(tests/test_{append,arena,args,attend,decode_policy,format,fuzz,pack,parallel,plan,policy,prompt,rotate,score,select,shrink,store}.py)
+tests=(tests/test_{append,arena,args,attend,bsr,decode_policy,format,fuzz,pack,parallel,plan,policy,prompt,rotate,score,select,shrink,store,w4}.py)
 # libubsan brings in libstdc++, without which libasan meets exceptions of torch that it cannot pass on.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=print_stacktrace=1 KVCOMP_PACKAGE="$build/package" python - -q -p no:cacheprovider "${@:-${tests[@]}}" <<'EOF'

@@ -4,16 +4,18 @@
 #pragma once
 #include "append.h"
 #include "attend.h"
+#include "bsr.h"
 #include "divide.h"
 #include "pack.h"
 #include "score.h"
 #include "select.h"
+#include "w4.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define KVC_BACKEND_API 2
+#define KVC_BACKEND_API 3
 
 #define KVC_MEMORY_MOST (((int64_t)UINT32_MAX * KVC_UNIT) >> 21 << 21) /* bytes that units of pages can address */
 
@@ -51,6 +53,8 @@ typedef struct {
     kvc_norms_fn *norms;
     kvc_accumulate_fn *accumulate;
     kvc_select_fn *select;
+    kvc_bsr_matmul_fn *bsr_matmul;
+    kvc_bsr_sddmm_fn *bsr_sddmm;
 
     /* Memory of an arena: `bytes` of address space, rounded up, at most KVC_MEMORY_MOST, and a spare granule behind it;
      * bytes <= 0: twice the device's memory, as holes between slabs cost addresses only. ENODEV: no CUDA;
@@ -66,6 +70,9 @@ typedef struct {
      * before and for the copies after; otherwise they are work of the stream. */
     kvc_status (*memory_copy)(const kvc_memory *memory, int64_t count, const kvc_copy *copies, int32_t wait,
                               kvc_stream stream);
+
+    kvc_w4_matmul_fn *w4_matmul;
+    int64_t (*w4_workspace)(int64_t m, int64_t n, int64_t k);
 } kvc_backend;
 typedef const kvc_backend *kvc_backend_fn(void);
 

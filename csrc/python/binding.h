@@ -103,6 +103,8 @@ int numpy_tensor(kvc_frame *frame, PyObject *object, const char *name, kvc_tenso
 /* Method tables of the module, one a file. */
 extern PyMethodDef ops_cache_methods[];  /* ops_cache.c: pack .. attend, rotate, sizes of the format */
 extern PyMethodDef ops_policy_methods[]; /* ops_policy.c: score .. plan, shrink */
+extern PyMethodDef ops_bsr_methods[];    /* ops_bsr.c: block-sparse rows */
+extern PyMethodDef ops_w4_methods[];     /* ops_w4.c: w4_pack .. w4_matmul */
 extern PyMethodDef module_methods[];     /* module.c: backend, threads, version */
 /* A new uint32 array of n elements and its memory. */
 PyObject *numpy_uint32(Py_ssize_t n, uint32_t **data);

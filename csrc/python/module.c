@@ -82,9 +82,12 @@ static int execute(PyObject *module) {
     if (numpy_import() < 0) return -1;
     if (raise_init(module) || arena_init(module) || remember_directory(module)) return -1;
     if (PyModule_AddFunctions(module, module_methods) || PyModule_AddFunctions(module, ops_cache_methods) ||
-        PyModule_AddFunctions(module, ops_policy_methods))
+        PyModule_AddFunctions(module, ops_policy_methods) || PyModule_AddFunctions(module, ops_bsr_methods) ||
+        PyModule_AddFunctions(module, ops_w4_methods))
         return -1;
-    if (PyModule_AddIntConstant(module, "FORMAT_VERSION", KVC_FORMAT_VERSION)) return -1;
+    if (PyModule_AddIntConstant(module, "FORMAT_VERSION", KVC_FORMAT_VERSION) ||
+        PyModule_AddIntConstant(module, "BSR_WORKSPACE", KVC_BSR_WORKSPACE))
+        return -1;
     return PyModule_AddStringConstant(module, "VERSION", KVC_VERSION);
 }
 

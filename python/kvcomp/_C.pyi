@@ -215,10 +215,87 @@ def shrink(
     /,
 ) -> int: ...
 def shrink_workspace(n: int, m: int, /) -> int: ...
+def bsr_check(indptr: _Tensor, indices: _Tensor, m: int, k: int, block: int, /) -> None: ...
+def bsr_plan_words(m: int, k: int, block: int, nnzb: int, transpose: int, /) -> int: ...
+def bsr_plan(
+    plan: _Tensor,
+    indptr: _Tensor,
+    indices: _Tensor,
+    m: int,
+    k: int,
+    block: int,
+    transpose: int,
+    /,
+) -> int: ...
+def bsr_merge(
+    indptr_out: _Tensor,
+    indices_out: _Tensor,
+    place: _Tensor,
+    indptr: _Tensor,
+    indices: _Tensor,
+    m: int,
+    k: int,
+    block: int,
+    factor: int,
+    /,
+) -> int: ...
+def bsr_matmul(
+    out: _Tensor,
+    values: _Tensor,
+    plan: _Tensor,
+    dense: _Tensor,
+    workspace: _Tensor | None,
+    m: int,
+    k: int,
+    transpose: int,
+    beta: float,
+    /,
+) -> None: ...
+def bsr_sddmm(out: _Tensor, plan: _Tensor, left: _Tensor, right: _Tensor, transpose: int, /) -> None: ...
+def w4_bytes(n: int, k: int, group: int, scale_bits: int, /) -> int: ...
+def w4_scales(out: _Tensor, scales: _Tensor, scale_bits: int, exponent: int, rounding: int, /) -> None: ...
+def w4_pack(
+    packed: _Tensor,
+    weights: _Tensor,
+    group: int,
+    scale_bits: int,
+    exponent: int | None,
+    rounding: int,
+    threads: int,
+    /,
+) -> int: ...
+def w4_unpack(
+    out: _Tensor | None,
+    codes: _Tensor | None,
+    scales: _Tensor | None,
+    packed: _Tensor,
+    n: int,
+    k: int,
+    group: int,
+    scale_bits: int,
+    exponent: int,
+    threads: int,
+    /,
+) -> None: ...
+def w4_matmul(
+    out: _Tensor,
+    x: _Tensor,
+    packed: _Tensor,
+    bias: _Tensor | None,
+    workspace: _Tensor | None,
+    group: int,
+    scale_bits: int,
+    exponent: int,
+    threads: int,
+    early: int,
+    /,
+) -> None: ...
+def w4_workspace(m: int, n: int, k: int, /) -> int: ...
 def set_threads(threads: int, /) -> None: ...
 def threads() -> int: ...
 def cuda_info() -> dict[str, Any]: ...
 def simd() -> str: ...
 
+BSR_WORKSPACE: int
 FORMAT_VERSION: int
 VERSION: str

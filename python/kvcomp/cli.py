@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -325,6 +326,8 @@ def _add_bench(commands: Any) -> None:
         one.add_argument("--seed", type=int, default=0)
         one.set_defaults(run=_bench_cuda, operation=name)
     _add_bench_decode(operations)
+    _add_bench_bsr(operations)
+    _add_bench_w4(operations)
 
 
 # Operation: what its bench measures. On a GPU only, in kvcomp.bench.X_cuda or kvcomp.bench.X.
@@ -429,28 +432,46 @@ def _add_bench_decode(operations: Any) -> None:
         "that the output file has already are not measured again.",
     )
     decode.add_argument("--model-shape", default="llama-3.1-8b", help="llama-3.1-8b (default) or tiny")
+    decode.add_argument("--layers", type=int, help="of the model, in the place of the shape's own number")
     decode.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], help="default: 1 8 32")
     decode.add_argument("--context", type=int, default=32768, help="tokens of each prompt (default: 32768)")
     decode.add_argument("--new", type=int, default=256, help="tokens of each answer (default: 256)")
     decode.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], default=[4], help="default: 4")
+    decode.add_argument("--weight-bits", nargs="+", type=int, choices=[4, 16], default=[16],
+                        help="of all layers' weights, for kvcomp's cache (default: 16)")  # fmt: skip
     decode.add_argument(
         "--rivals", nargs="+", default=["dynamic", "static", "quantized"], metavar="RIVAL",
         help="dynamic, static, quantized (default: all), or none",
     )  # fmt: skip
     decode.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    decode.add_argument("--compile", choices=["auto", "yes", "no", "tuned"], default="auto",
-                        help="decoder layers of decode steps (tuned: inductor searches, too)")  # fmt: skip
+    decode.add_argument("--compile", default="auto", metavar="HOW",
+                        help="decoder layers of decode steps: auto (default), yes, no, tuned (inductor searches, too), "
+                        "or options of torch.compile: name=value,name=value")  # fmt: skip
     decode.add_argument("--no-graphs", action="store_true", help="decode steps are not recorded as CUDA graphs")
     decode.add_argument("--first-samples", type=int, default=2, help="prompts read for the first token's time")
+    decode.add_argument("--minutes", type=float, help="begin no part later than this; the next run goes on (--output)")
     decode.add_argument("--seed", type=int, default=0)
     decode.add_argument("--output", type=Path, help="write the results here, as JSON, after every part")
     decode.set_defaults(run=_bench_decode)
 
 
+def _compile_options(text: str) -> Any:
+    """Of kvcomp.compress, as a flag says it; values are JSON."""
+    words: dict[str, Any] = {"auto": "auto", "yes": True, "no": False, "tuned": {"coordinate_descent_tuning": True}}
+    if text in words:
+        return words[text]
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name: json.loads(value) for name, _, value in pairs}
+    except json.JSONDecodeError:
+        expected = f"{', '.join(words)} or name=value,name=value with values as in JSON"
+        raise ValueError(f"bench: --compile: expected {expected}, got {text}") from None
+
+
 def _bench_decode(options: argparse.Namespace, command: str) -> int:
     from . import results
     from .bench import decode
-    from .experiment import report
+    from .experiment import report, tables_gpu
 
     output: Path | None = options.output
     before = None
@@ -458,19 +479,21 @@ def _bench_decode(options: argparse.Namespace, command: str) -> int:
         results.check_writable(output, "bench: --output")
         if output.exists():
             before = results.read(output, kind="decode")
-    compiles = {"auto": "auto", "yes": True, "no": False, "tuned": {"coordinate_descent_tuning": True}}
     found = decode.bench(
         decode.Settings(
             shape=options.model_shape,
+            layers=options.layers,
             batches=options.batch,
             context=options.context,
             new=options.new,
             bits=options.bits,
+            weight_bits=list(dict.fromkeys(options.weight_bits)),
             rivals=[] if options.rivals == ["none"] else options.rivals,
             device=options.device,
-            compile=compiles[options.compile],
+            compile=_compile_options(options.compile),
             graphs=not options.no_graphs,
             first_samples=options.first_samples,
+            minutes=options.minutes,
             seed=options.seed,
         ),
         command=command,
@@ -478,9 +501,105 @@ def _bench_decode(options: argparse.Namespace, command: str) -> int:
         save=(lambda found: None) if output is None else functools.partial(results.write, output),
         tell=_say,
     )
-    report.print_rows(*decode.rows(found), _console(), "decode")
-    for part, reason in found["not_measured"].items():
-        _say(f"{part}: not measured: {reason}")
+    for title, rows in (("decode", tables_gpu.decode_rows), ("where a step's time goes", tables_gpu.share_rows)):
+        header, made = rows(found)
+        if made:
+            report.print_rows(header, made, _console(), title)
+    return _judge(found)
+
+
+def _add_bench_bsr(operations: Any) -> None:
+    bsr = operations.add_parser(
+        "bsr",
+        help="block-sparse times dense, against dense and other sparse products of the same matrix",
+        description="Square matrices with random blocks. Every product is checked before it is timed; a wrong one "
+        "makes the command exit with 1. Matrices that the output file has already are not measured again.",
+    )
+    bsr.add_argument("--sizes", nargs="+", type=int, metavar="N", help="default: 4096 8192 16384; cpu: 1024 2048")
+    bsr.add_argument("--sparsity", nargs="+", type=float, metavar="S",
+                     help="shares of empty blocks (default: 0.5 0.7 0.78 0.9; cpu: 0.78)")  # fmt: skip
+    bsr.add_argument("--block-sizes", nargs="+", type=int, metavar="B", help="default: 16 32 64 128")
+    bsr.add_argument("--patterns", nargs="+", default=["uniform"], metavar="PATTERN",
+                     help="uniform (default), banded, sliding_window, causal, power_law, clustered; all")  # fmt: skip
+    bsr.add_argument("--iterations", type=int, help="samples of every cell (default: 100; cpu: 20), slow ones fewer")
+    bsr.add_argument("--rivals", nargs="+", metavar="RIVAL", help="as the cells name them, or none (default: all)")
+    bsr.add_argument("--dtype", help="float16, bfloat16 (default), float32 (cpu alone, and its default)")
+    bsr.add_argument("--out-dtype", help="of what is timed (default: as --dtype)")
+    bsr.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where it can be used")
+    bsr.add_argument("--seed", type=int, default=0)
+    bsr.add_argument("--output", type=Path, help="write the results here, as JSON, after every matrix")
+    bsr.set_defaults(run=_bench_bsr)
+
+
+def _bench_bsr(options: argparse.Namespace, command: str) -> int:
+    from . import results
+    from .bench import bsr, bsr_settings
+    from .bsr import BLOCKS, PATTERNS
+    from .experiment import report, tables_bsr
+
+    output: Path | None = options.output
+    before = None
+    if output is not None:
+        results.check_writable(output, "bench: --output")
+        if output.exists():
+            before = results.read(output, kind="bsr")
+    settings = bsr_settings.Settings(
+        sizes=options.sizes,
+        sparsity=options.sparsity,
+        blocks=options.block_sizes or BLOCKS,
+        patterns=PATTERNS if options.patterns == ["all"] else options.patterns,
+        iterations=options.iterations,
+        device=options.device,
+        dtype=options.dtype,
+        out_dtype=options.out_dtype,
+        rivals=() if options.rivals == ["none"] else options.rivals,
+        seed=options.seed,
+    )
+    save = None if output is None else functools.partial(results.write, output)
+    found = bsr.bench(settings, command=command, before=before, save=save, tell=_say)
+    if output is not None:
+        results.write(output, found)
+    report.print_rows(*tables_bsr.all_rows(found), _console(), "block-sparse times dense")
+    return _judge(found)
+
+
+def _add_bench_w4(operations: Any) -> None:
+    w4 = operations.add_parser(
+        "w4",
+        help="linear layers of packed 4-bit weights against cuBLAS, torch's int4 and Humming",
+        description="Sections: table (the design's cells), sweep (1 to 8192 rows against cuBLAS), scales (groups and "
+        "mantissa bits), weights (errors of weights).",
+    )
+    w4.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where it can be used")
+    w4.add_argument("--sections", nargs="+", metavar="SECTION", help="default: all; cpu: table weights")
+    w4.add_argument("--samples", type=int, help="of every cell (default: its own)")
+    w4.add_argument("--seed", type=int, default=0)
+    w4.add_argument("--output", type=Path, help="write the results here, as JSON, after every matrix")
+    w4.set_defaults(run=_bench_w4)
+
+
+def _bench_w4(options: argparse.Namespace, command: str) -> int:
+    from . import _C, results
+    from .bench import w4
+    from .experiment import report, tables_w4
+
+    if options.output is not None:
+        results.check_writable(options.output, "bench: --output")
+    info = _C.cuda_info()
+    if options.device == "cuda" and not info["available"]:
+        raise NotImplementedError(f"bench: --device: expected a CUDA device, got none: {info['why']}")
+    found = w4.bench(
+        command=command,
+        device=options.device or ("cuda" if info["available"] else "cpu"),
+        sections=options.sections,
+        samples=options.samples,
+        seed=options.seed,
+        save=None if options.output is None else functools.partial(results.write, options.output),
+        tell=_say,
+    )
+    if options.output is not None:
+        results.write(options.output, found)
+    report.print_rows(*tables_w4.speed_rows(found), _console(), "x times 4-bit weights")
     return _judge(found)
 
 

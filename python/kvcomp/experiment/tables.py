@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from .. import results
-from . import policies_report, report, tables_gpu
+from . import policies_report, report, tables_bsr, tables_gpu, tables_w4
 from .report import markdown
 
 _POLICIES = Path("experiments/results/policies.json")
@@ -25,8 +25,11 @@ SOURCES = {
     **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_text", "policies_gain", "coding")},
     **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
     **{name: (_H200 / f"{name.split('_')[0]}.json", name.split("_")[0], name) for name in tables_gpu.ROWS},
+    **{name: (_H200 / "bsr.json", "bsr", name) for name in tables_bsr.ROWS},
+    "bsr_cpu": (Path("experiments/results/cpu/bsr.json"), "bsr", "bsr_rivals"),
+    **tables_w4.SOURCES,
 }
-ROWS = {**report.ROWS, **policies_report.ROWS, **tables_gpu.ROWS}
+ROWS = {**report.ROWS, **policies_report.ROWS, **tables_gpu.ROWS, **tables_bsr.ROWS, **tables_w4.ROWS}
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 

@@ -1,0 +1,24 @@
+/* w4_tile.h: the inner loops of w4's matrix product on the CPU, one build per instruction set (w4_tile.c), chosen at
+ * run time. */
+#pragma once
+#include "core/core.h"
+#include "kvcomp/w4.h"
+
+#define KVC_W4_FEW 4      /* rows of x that are worked on with weights in registers */
+#define KVC_W4_MANY 64    /* rows of x that share a block of weights that was decoded to memory */
+#define KVC_W4_INPUTS 256 /* most inputs of a block */
+
+typedef struct {
+    const char *name;
+    /* sums[row][m] += block * x for rows 0..63 and m rows of x (1, 2 or 4), whose `inputs` values of this block lie in
+     * x[input][m]. sums: 64 x m x 16 floats, partial sums, 64-aligned. scales[group of the block][64 rows]. */
+    void (*few)(float *sums, const uint32_t *words, const float *scales, const float *x, int m, int inputs, int group);
+    /* Decodes a block to tile[input][64 rows], 64-aligned. */
+    void (*decode)(float *tile, const uint32_t *words, const float *scales, int inputs, int group);
+    /* sums[m][64 rows] += x[m][0 .. inputs-1] * tile for `count` rows of x, `pitch` floats apart. */
+    void (*many)(float *sums, const float *tile, const float *x, int count, int pitch, int inputs);
+    /* As kvc_load_row. */
+    void (*load)(float *out, const void *row, int dtype, int count);
+} kvc_w4_tile;
+
+const kvc_w4_tile *kvc_w4_tiles(void); /* the best for this machine; KVCOMP_SIMD=base|avx2|avx512 limits it */

@@ -1,0 +1,261 @@
+"""``kvcomp bench bsr``: block-sparse times dense, square, against dense and other sparse products of the same matrix.
+
+Nothing is timed before its result was found right: kvcomp's with float32 out, as ``bsr_gate`` says, and everything's in
+the dtype that is timed. Useful TFLOPS are 2 · stored blocks · block² · N / time, whatever was executed; what a dense
+product would have had to reach is the field ``dense_equivalent_tflops``. Making a matrix, its plan and its copies is
+not timed; ``first_call_ms`` is a first product with all of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+
+from .. import _C, results
+from ..bsr import BSRMatrix, matmul, random_bsr, way_of
+from ..bsr.multiply import Method
+from . import bsr_rivals, bsr_samples, timing
+from .bsr_gate import SCALE, difference, exact
+from .bsr_rivals import Call, Problem
+from .bsr_settings import DTYPES, SAMPLES_LEAST, TARGETS, Settings, Where
+
+_RIVAL_ROOM = 4.0  # half units of a rival's output: some round more than once
+_SWEPT = ("sizes", "sparsity", "blocks", "patterns")  # settings that a file may be gone on with others of
+
+_SHOWN = {
+    "tflops": "{:.1f} TFLOPS",
+    "useful_tflops": "{:.2f} useful TFLOPS",
+    "speedup": "{:.2f}x dense",
+    "way": "{}",
+}
+
+Save = Callable[[dict[str, Any]], object]
+Tell = Callable[[str], object]
+
+
+def bench(
+    settings: Settings,
+    *,
+    command: str,
+    before: dict[str, Any] | None = None,
+    save: Save | None = None,
+    tell: Tell = print,
+) -> dict[str, Any]:
+    """A results object of kind ``bsr``. ``before``: one to go on with, of the same machine, versions and settings but
+    for sizes, sparsity, blocks and patterns; ``save`` is called with the object after every matrix. ValueError for
+    numbers out of range, NotImplementedError without a GPU that was asked for."""
+    settings = settings.resolved()
+    found = results.new("bsr", command=command)
+    fixed = {name: value for name, value in asdict(settings).items() if name not in _SWEPT}
+    found["settings"] = {name: list(value) if isinstance(value, tuple) else value for name, value in fixed.items()}
+    found["absent"] = []  # rivals that do not run, and why
+    if before is not None and all(before.get(name) == found[name] for name in ("machine", "versions", "settings")):
+        found = before | {"command": command}
+    if settings.device == "cpu":
+        found["threads"] = found["machine"]["cores"]
+        _C.set_threads(found["threads"])
+        torch.set_num_threads(found["threads"])
+    run = _Run(settings, found, tell)
+    for size in settings.sizes or ():
+        run.ceilings(size)
+        run.free()
+        for where in settings.cases():
+            if where[0] == size and not run.has("kvcomp", run.case(*where)):
+                run.measure(where)
+                run.free()
+                if save is not None:
+                    save(found)
+    return found
+
+
+class _Run:
+    """Adds cells."""
+
+    def __init__(self, settings: Settings, found: dict[str, Any], tell: Tell) -> None:
+        self.settings, self.found, self.tell = settings, found, tell
+        self.device, self.iterations = str(settings.device), int(settings.iterations or 0)
+        self.dtype, self.out_dtype = DTYPES[str(settings.dtype)], DTYPES[str(settings.out_dtype)]
+
+    def case(self, size: int, block: int | None, sparsity: float, pattern: str) -> dict[str, Any]:
+        shape = {"m": size, "n": size, "k": size, "block": block, "sparsity": sparsity, "pattern": pattern}
+        kinds = {"dtype": self.settings.dtype, "out_dtype": self.settings.out_dtype, "device": self.device}
+        return {**shape, **kinds}
+
+    def has(self, impl: str, case: dict[str, Any]) -> bool:
+        return any(cell["impl"] == impl and cell["case"] == case for cell in self.found["cells"])
+
+    # ---- inputs
+
+    def normal(self, size: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        made = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        return made.normal_(0, SCALE, generator=generator)
+
+    def copies(self, nbytes: int) -> int:
+        """So many that no input is in a cache when it is read again."""
+        if self.device == "cpu":
+            return timing.copies(nbytes, most=4)
+        from . import timing_cuda
+
+        return timing_cuda.copies(nbytes)
+
+    def problem(self, matrix: BSRMatrix) -> Problem:
+        size = matrix.shape[0]
+        other = self.normal(size, self.settings.seed + 1)
+        count = self.copies(matrix.nbytes + other.nbytes + size * size * self.out_dtype.itemsize)
+        matrices = [matrix, *(matrix.with_values(matrix.values.clone()) for _ in range(count - 1))]
+        outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
+        return Problem(matrices, [other, *(other.clone() for _ in range(count - 1))], outs)
+
+    # ---- one matrix
+
+    def measure(self, where: Where) -> None:
+        size, block, sparsity, pattern = where
+        how: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "seed": self.settings.seed, "scale": SCALE}
+        matrix = random_bsr(size, size, block, sparsity, pattern=pattern, **how)
+        problem, case = self.problem(matrix), self.case(*where)
+        reference = exact(matrix.to_dense(), problem.others[0])
+        cells = [self.ours("kvcomp", problem, reference, case, "auto")]
+        if cells[0]["way"] != "sparse":
+            cells.append(self.ours("kvcomp sparse", problem, reference, case, "sparse"))
+        for name in self.settings.rivals or ():
+            make = functools.partial(bsr_rivals.of(self.device)[name], problem)
+            cells += self.rival(name, make, reference, case, len(problem))
+            self.free()
+        lengths = matrix.row_ptr.diff().double()
+        row_blocks = {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())}
+        for cell in cells:
+            cell |= {"blocks": matrix.blocks, "density": matrix.density, "row_blocks": row_blocks}
+        relate(cells, TARGETS.get(where, {}) if self.device == "cuda" else {})
+        for cell in cells:
+            self.tell(line(cell))
+        self.found["cells"] += cells
+
+    def ours(
+        self, impl: str, problem: Problem, reference: torch.Tensor, case: dict[str, Any], method: Method
+    ) -> dict[str, Any]:
+        """The cell of one way. A result that is wrong is not timed: its cell has the error alone."""
+        matrices, others, outs = problem.matrices, problem.others, problem.outs
+        k, n = others[0].shape
+        begin = time.perf_counter()
+        single = matmul(matrices[0], others[0], out_dtype=torch.float32, method=method)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        error = difference(single, reference, k)
+        del single
+
+        def call(number: int) -> torch.Tensor:
+            at = number % len(matrices)
+            return matmul(matrices[at], others[at], out=outs[at], method=method)
+
+        error_timed = difference(call(0), reference, k)
+        more = {
+            "way": way_of(matrices[0], n) if method == "auto" else method,
+            "first_call_ms": first * 1e3,
+            "kept_bytes": matrices[0].kept_nbytes,
+            "error_timed": error_timed,
+        }
+        for found in (error, error_timed):
+            if not found["value"] <= found["bound"]:
+                return results.cell(impl, case, error=found, **more)
+        return results.cell(impl, case, error=error, **self.timed(call, len(matrices)), **more)
+
+    def rival(
+        self, name: str, make: Callable[[], Call], reference: torch.Tensor, case: dict[str, Any], copies: int
+    ) -> list[dict[str, Any]]:
+        """Its cell; or none, and an entry among the absent ones."""
+        try:
+            call = make()
+            error = difference(call(0), reference, case["k"], half_units=_RIVAL_ROOM)
+            if not error["value"] <= error["bound"]:
+                raise ArithmeticError(f"wrong by {error['value']:.3g}, more than {error['bound']:.3g}")
+            return [results.cell(name, case, error=error, **self.timed(call, copies))]
+        except Exception as reason:  # whatever a rival's library makes of it: that is its result here
+            said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+            self.found["absent"].append({"impl": name, "case": case, "reason": said})
+            self.tell(f"{name}: not measured: {said}")
+            return []
+
+    def ceilings(self, size: int) -> None:
+        """Once for a size: the dense product of a full matrix, and, on CUDA, of a 2:4 one by cuSPARSELt."""
+        case = self.case(size, None, 0.0, "full")
+        if self.has("torch dense, full", case):
+            return
+        left, other = self.normal(size, self.settings.seed + 2), self.normal(size, self.settings.seed + 1)
+        count = self.copies(2 * left.nbytes + size * size * self.out_dtype.itemsize)
+        lefts = [left, *(left.clone() for _ in range(count - 1))]
+        others = [other, *(other.clone() for _ in range(count - 1))]
+        outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
+        full = self.timed(bsr_rivals.multiplied(lefts, others, outs), count)
+        cell = results.cell("torch dense, full", case, error=None, role="ceiling", **full)
+        cell["tflops"] = _tflops(2 * size**3, cell)
+        self.tell(line(cell))
+        self.found["cells"].append(cell)
+        if self.device == "cuda" and self.settings.rivals:
+            lefts = [bsr_rivals.pruned(part) for part in lefts]
+            made = self.rival(
+                "cusparselt 2:4",
+                functools.partial(bsr_rivals.two_of_four, lefts, others),
+                exact(lefts[0], other),
+                self.case(size, None, 0.5, "2:4"),
+                count,
+            )
+            for cell in made:
+                cell["dense_equivalent_tflops"] = _tflops(2 * size**3, cell)
+                self.tell(line(cell))
+            self.found["cells"] += made
+
+    def timed(self, call: Call, copies: int) -> dict[str, Any]:
+        samples, how = bsr_samples.of(call, copies, self.iterations, SAMPLES_LEAST, self.device)
+        return {"median_us": median(samples), "samples_us": samples, "timing": how}
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def relate(cells: list[dict[str, Any]], targets: dict[str, float]) -> None:
+    """Rates of the cells of one matrix; their time, and ours, beside the dense product's of that matrix."""
+    times = {cell["impl"]: cell["median_us"] for cell in cells if "median_us" in cell}
+    ours, dense = times.get("kvcomp"), times.get("torch dense")
+    for cell in cells:
+        if "median_us" not in cell:
+            continue
+        case = cell["case"]
+        cell["useful_tflops"] = _tflops(2 * cell["blocks"] * case["block"] ** 2 * case["n"], cell)
+        cell["dense_equivalent_tflops"] = _tflops(2 * case["m"] * case["n"] * case["k"], cell)
+        if dense is not None:
+            cell["speedup"] = dense / cell["median_us"]
+            cell["fraction_of_dense"] = cell["useful_tflops"] / _tflops(2 * case["m"] * case["n"] * case["k"], dense)
+        if cell["impl"] == "kvcomp":
+            cell |= targets
+        elif ours is not None:
+            cell["times_kvcomp"] = cell["median_us"] / ours
+
+
+def _tflops(operations: float, cell: dict[str, Any] | float) -> float:
+    taken: float = cell["median_us"] if isinstance(cell, dict) else cell
+    return operations / taken / 1e6
+
+
+def line(cell: dict[str, Any]) -> str:
+    """One cell in words."""
+    case = cell["case"]
+    said = f"{cell['impl']} ({case['m']}, block {case['block']}, {case['sparsity']:g} {case['pattern']}): "
+    if "median_us" not in cell:
+        return said + f"wrong: {cell['error']['metric']} {cell['error']['value']:.3g}"
+    said += f"{cell['median_us']:.1f} us"
+    for name, form in _SHOWN.items():
+        if name in cell:
+            said += ", " + form.format(cell[name])
+    error = cell["error"]
+    return said + ("" if error is None else f", error {error['value']:.1e} of {error['bound']:.1e}")

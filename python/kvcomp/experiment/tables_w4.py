@@ -1,0 +1,187 @@
+"""Tables of 4-bit weights: what they do to a model's answers, and what their products cost on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .report import NOTHING, Results, Row
+
+_SHOWN = (128, 5)  # group and mantissa bits of the main table
+_ROUNDED = {"nearest": "", "floor": ", floor", "search": ", searched"}
+_RIVALS = ("torch int4", "Humming int4")
+_SWEPT = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)  # rows of the sweep that are shown
+
+
+def quality_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per configuration of a results object of kind ``w4_quality``: text, and all tasks."""
+    decided = found["acceptance"]
+    cells = {cell["case"]["config_id"]: cell["case"] for cell in found["cells"]}
+    counts = {name: 0 for name in found["configs"]}
+    for cell in found["cells"]:
+        counts[cell["case"]["config_id"]] += len(cell.get("scores", ()))
+    rows: list[Row] = []
+    for name, one in found["configs"].items():
+        passed = {True: "passed", False: "missed"}.get(one["accepted"], NOTHING)
+        rows.append((
+            f"{name}: {_described(cells[name])}",
+            f"{one['bits_per_weight']:.3f}",
+            f"{one['perplexity']:.4f} ({one['perplexity_rise_pct']:+.2f} %)",
+            f"{one['kl']:.4f}",
+            f"{100 * one['top1']:.1f} %",
+            f"{100 * one['accuracy']:.1f} % of {counts[name]}",
+            _drop(one),
+            NOTHING if name == decided["reference"] else passed,
+        ))  # fmt: skip
+    target = f"average drop < {decided['target_avg_relative_drop_pct']:g} %"
+    header = ("", "bits per weight", "perplexity", "KL", "top-1", "accuracy, all pooled", "average drop [95 %]", target)
+    return header, rows
+
+
+def task_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same file: one row per family, one column per configuration; all families, counted or not."""
+    decided, configs = found["acceptance"], found["configs"]
+    counts = {cell["case"]["task"]: len(cell["scores"]) for cell in found["cells"] if "scores" in cell}
+    rows: list[Row] = [
+        (
+            family.replace("_", " "),
+            str(count),
+            "yes" if family in decided["averaged"] else f"no: {decided['shown_only'][family]}",
+            *(f"{100 * one['per_task'][family]:.1f} %" for one in configs.values()),
+        )
+        for family, count in counts.items()
+    ]
+    return ("task", "questions", "in the average", *configs), rows
+
+
+def speed_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The design's cells of a results object of kind ``w4``, and their rivals."""
+    times: dict[tuple[Any, ...], dict[str, Results]] = {}
+    with_goals = any("goal_us" in cell for cell in found["cells"])  # the design's are for one GPU
+    for cell in found["cells"]:
+        case = cell["case"]
+        if "m" in case and (cell["impl"] != "kvcomp" or (case["group"], case["scale_mbits"]) == _SHOWN):
+            name = cell["impl"] if cell["impl"] in ("kvcomp", *_RIVALS) else "dense"
+            times.setdefault((case["n"], case["k"], case["m"], case["dtype"]), {})[name] = cell
+    rows: list[Row] = []
+    for (n, k, m, dtype), cells in times.items():
+        ours = cells.get("kvcomp")
+        if ours is None or (with_goals and "goal_us" not in ours):
+            continue
+        others = [f"{cells[name]['median_us']:.1f}" if name in cells else NOTHING for name in ("dense", *_RIVALS)]
+        goal = ours.get("goal_us")
+        met = NOTHING if goal is None else f"{goal:g}" + ("" if ours["median_us"] <= goal else " (missed)")
+        rows.append((f"{n}×{k}", str(m), dtype, *others, f"{ours['median_us']:.1f}", met, f"{ours['gb_per_s']:.0f}"))
+    return ("N×K", "M", "dtype", "16 bit µs", "torch int4 µs", "Humming µs", "kvcomp µs", "goal µs", "GB/s"), rows
+
+
+def sweep_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same file: kvcomp's time over the 16-bit product's, one row per matrix, one column per number of rows."""
+    ratios: dict[tuple[Any, ...], dict[int, Results]] = {}
+    for cell in found["cells"]:
+        case = cell["case"]
+        if cell["impl"] == "kvcomp" and "over_dense" in cell and (case["group"], case["scale_mbits"]) == _SHOWN:
+            ratios.setdefault((case["n"], case["k"], case["dtype"]), {})[case["m"]] = cell
+    rows: list[Row] = []
+    for (n, k, dtype), cells in ratios.items():
+        if len(cells) > 1:
+            over = sorted(m for m, cell in cells.items() if cell["over_dense"] > cell["over_dense_allowed"])
+            shown = [f"{cells[m]['over_dense']:.2f}" if m in cells else NOTHING for m in _SWEPT]
+            rows.append((f"{n}×{k} {dtype}", *shown, ", ".join(map(str, over)) or "none"))
+    return ("time of 16 bit, M =", *map(str, _SWEPT), "M slower than allowed"), rows
+
+
+def scale_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same file: time of every format over that of exact scales of groups of 128."""
+    cells = [cell for cell in found["cells"] if "over_exact" in cell]
+    places = list(dict.fromkeys(_place(cell["case"]) for cell in cells))
+    times = {(_described(cell["case"]), _place(cell["case"])): cell["over_exact"] for cell in cells}
+    rows: list[Row] = [
+        (name, *(f"{times[name, place]:.3f}" if (name, place) in times else NOTHING for place in places))
+        for name in dict.fromkeys(name for name, _ in times)
+    ]
+    return ("time of exact scales", *places), rows
+
+
+def weight_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same file: bits per weight of the formats, and their relative squared error on two distributions."""
+    cells = [cell for cell in found["cells"] if "rel_mse" in cell]
+    names = list(dict.fromkeys(cell["case"]["distribution"] for cell in cells))
+    of = {(_described(cell["case"]), cell["case"]["distribution"]): cell for cell in cells}
+    rows: list[Row] = []
+    for what in dict.fromkeys(what for what, _ in of):
+        shown = [of[what, name] for name in names]
+        errors = [f"{cell['rel_mse']:.5f} ({cell['over_exact_error']:.3f}×)" for cell in shown]
+        rows.append((what, f"{shown[0]['bits_per_weight']:.3f}", *errors))
+    return ("scales", "bits per weight", *(f"error, {name}" for name in names)), rows
+
+
+def _described(case: Results) -> str:
+    """A format in words."""
+    mode = case.get("mode", "w4_shared_scale")
+    if mode != "w4_shared_scale":
+        return {"none": "16 bit"}.get(mode, str(mode))
+    scales = "exact" if case["scale_mbits"] < 0 else f"E5M{case['scale_mbits']}"
+    target = f", {case['quant_target']}" if "quant_target" in case else ""
+    return f"{scales} of {case['group_size'] if 'group_size' in case else case['group']}" + (
+        _ROUNDED[case.get("rounding", "nearest")] + target
+    )
+
+
+def _drop(one: Results) -> str:
+    if one["avg_relative_drop_pct"] is None:
+        return NOTHING
+    low, high = one["avg_relative_drop_ci95"]
+    return f"{one['avg_relative_drop_pct']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _place(case: Results) -> str:
+    return f"{case['n']}×{case['k']}, M = {case['m']}"
+
+
+def claim_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per claim of a results object of kind ``w4_claims``: whether it holds, and the figures that say so."""
+    rows: list[Row] = []
+    for one in found["claims"]:
+        holds = {True: "holds", False: "does not hold", None: "not decided"}[one["holds"]]
+        rows.append((one["claim"], holds + (f" ({one['why']})" if one["why"] else ""), _figures(one["figures"])))
+    return ("claim", "", "figures"), rows
+
+
+def _figures(figures: list[Any]) -> str:
+    """Ratios of times as the ends of all cells'; ratios of perplexities one by one."""
+    times: dict[str, list[float]] = {}
+    said: list[str] = []
+    for one in figures:
+        other = next((name.rpartition("_")[2] for name in one if name.startswith("tpot_p50_ms_")), None)
+        if other is not None:
+            times.setdefault(f"{one['config_id']} / {other}", []).append(one["ratio"])
+        elif "ci95" in one:
+            name = next(name for name in one if name != "ci95")
+            low, high = one["ci95"]
+            said.append(f"perplexity of {name}: {one[name]:.4f} [{low:.4f}, {high:.4f}]")
+    said += [
+        f"time per token of {name}: {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cells"
+        for name, ratios in times.items()
+    ]
+    return "; ".join(said) or NOTHING
+
+
+ROWS = {
+    "w4_quality": quality_rows,
+    "w4_tasks": task_rows,
+    "w4": speed_rows,
+    "w4_sweep": sweep_rows,
+    "w4_scales": scale_rows,
+    "w4_weights": weight_rows,
+    "w4_claims": claim_rows,
+}
+_QUALITY = Path("experiments/results/w4_quality.json")
+_H200 = Path("experiments/results/h200")
+# Name of a table -> the results file it is made from, that file's kind, and the rows it shows.
+SOURCES = {
+    "w4_quality": (_QUALITY, "w4_quality", "w4_quality"),
+    "w4_tasks": (_QUALITY, "w4_quality", "w4_tasks"),
+    **{name: (_H200 / "w4.json", "w4", name) for name in ("w4", "w4_sweep", "w4_scales", "w4_weights")},
+    "w4_claims": (_H200 / "w4_claims.json", "w4_claims", "w4_claims"),
+}

@@ -1,0 +1,163 @@
+"""``python scripts/w4_claims.py``: the four claims of the seed's last section, each answered with figures of this run.
+
+1. C3 and C4 are equally fast: compressed scales cost no time.
+2. C4 is as good as C3: five mantissa bits lose nothing.
+3. Quality falls with the mantissa bits of C5.
+4. C3 and C4 are at least as fast as C2.
+
+What was not measured is said so. A claim holds, or does not, where the whole 95 % interval of a ratio says so: of two
+mean times over repeats, of two perplexities over the same windows of text. Where there is no second repeat or window,
+the ratio does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .. import results
+from ..bench.offline_table import half_interval
+
+BAD_INPUT = 2
+SAME_SPEED = 0.02  # what two times may differ by and still be called the same
+SAME_PERPLEXITY = 0.01
+Row = Mapping[str, str]
+
+
+def answer(table: Sequence[Row] | None, quality: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """{claim, holds (True, False, or None: not decided), figures, why} for each."""
+    return [
+        _speed("C3 and C4 are equally fast", table, ("C4",), "C3", exact=True),
+        _quality(quality),
+        _falls(quality),
+        _speed("C3 and C4 are at least as fast as C2", table, ("C3", "C4"), "C2", exact=False),
+    ]
+
+
+def _speed(claim: str, table: Sequence[Row] | None, ours: Sequence[str], other: str, *, exact: bool) -> dict[str, Any]:
+    """Times per token (the median of an answer's) of ``ours`` over ``other``'s, cell by cell; exact: the same, else at
+    most that."""
+    cells = {(r["config_id"], (r["model"], r["prompt_len"], r["output_len"])): r for r in table or ()}
+    found: list[dict[str, Any]] = []
+    for (name, case), row in cells.items():
+        beside = cells.get((other, case))
+        if name not in ours or beside is None or not row["tpot_p50_ms_mean"] or not beside["tpot_p50_ms_mean"]:
+            continue
+        mine, theirs = float(row["tpot_p50_ms_mean"]), float(beside["tpot_p50_ms_mean"])
+        halves = [float(r["tpot_p50_ms_ci95"]) if r["tpot_p50_ms_ci95"] else 0.0 for r in (row, beside)]
+        found.append(
+            {"config_id": name, "model": case[0], "prompt_len": int(case[1]), "output_len": int(case[2]),
+             "tpot_p50_ms": mine, f"tpot_p50_ms_{other}": theirs, "ratio": mine / theirs,
+             "ratio_ci95": math.hypot(*halves) / theirs}
+        )  # fmt: skip
+    if not found:
+        return {"claim": claim, "holds": None, "figures": [], "why": f"no times of {' and '.join(ours)} beside {other}"}
+    gaps = [(abs(one["ratio"] - 1) if exact else one["ratio"] - 1, one["ratio_ci95"]) for one in found]
+    if any(gap - half > SAME_SPEED for gap, half in gaps):
+        return {"claim": claim, "holds": False, "figures": found, "why": None}
+    if any(gap + half > SAME_SPEED for gap, half in gaps):
+        why = f"the repeats differ by too much to tell {100 * SAME_SPEED:g} %"
+        return {"claim": claim, "holds": None, "figures": found, "why": why}
+    return {"claim": claim, "holds": True, "figures": found, "why": None}
+
+
+def _quality(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    claim = "C4 is as good as C3"
+    if found is None or not {"C3", "C4"} <= set(found["configs"]):
+        return {"claim": claim, "holds": None, "figures": [], "why": "no quality of C3 and C4"}
+    ratio, low, high = _perplexities(found, "C4", "C3")
+    figures = [*(_figure(found, name) for name in ("C3", "C4")), {"C4 over C3": ratio, "ci95": [low, high]}]
+    most = 1 + SAME_PERPLEXITY
+    holds = True if high <= most else False if low > most else None
+    why = f"the windows differ by too much to tell {100 * SAME_PERPLEXITY:g} %" if holds is None else None
+    return {"claim": claim, "holds": holds, "figures": figures, "why": why}
+
+
+def _falls(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    claim = "quality falls with the mantissa bits of C5"
+    configs = {} if found is None else found["configs"]
+    names = sorted((name for name in configs if name.startswith("C5_m")), key=lambda name: int(name[4:]))
+    if found is None or len(names) < 2:
+        return {"claim": claim, "holds": None, "figures": [], "why": "no quality of two or more of C5"}
+    figures = [_figure(found, name) for name in names]
+    same: list[str] = []
+    holds: bool | None = True
+    for fewer, more in itertools.pairwise(names):
+        ratio, low, high = _perplexities(found, fewer, more)
+        figures.append({f"{fewer} over {more}": ratio, "ci95": [low, high]})
+        if high < 1:
+            holds = False
+        elif low <= 1:
+            same.append(f"{fewer} and {more}")
+    if same and holds:
+        holds = None
+    why = f"{', '.join(same)} cannot be told apart" if holds is None else None
+    return {"claim": claim, "holds": holds, "figures": figures, "why": why}
+
+
+def _figure(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    names = ("bits_per_weight", "perplexity", "kl", "top1", "accuracy", "avg_relative_drop_pct", "accepted")
+    return {"config_id": name, **{what: found["configs"][name][what] for what in names}}
+
+
+def _perplexities(found: Mapping[str, Any], name: str, other: str) -> tuple[float, float, float]:
+    """The ratio of two perplexities, and the ends of its 95 % interval: of the differences window by window."""
+    losses = {
+        cell["case"]["config_id"]: cell["window_losses"]
+        for cell in found["cells"]
+        if cell["case"]["task"] == "held_out"
+    }
+    gaps = [mine - theirs for mine, theirs in zip(losses[name], losses[other], strict=True)]
+    middle = mean(gaps)
+    half = half_interval(stdev(gaps), len(gaps)) if len(gaps) > 1 else 0.0
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="w4_claims.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--agg_csv", type=Path, help="table of scripts/aggregate_results.py")
+    parser.add_argument("--quality_json", type=Path, help="results of scripts/w4_quality.py")
+    parser.add_argument("--output", type=Path, help="write the answers here, as JSON")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    try:
+        if options.agg_csv is None and options.quality_json is None:
+            raise ValueError("expected --agg_csv, --quality_json or both, got neither")
+        if options.output is not None:
+            results.check_writable(options.output, "--output")
+        table = None if options.agg_csv is None else read_table(options.agg_csv)
+        quality = None if options.quality_json is None else results.read(options.quality_json, kind="w4_quality")
+        found = results.new("w4_claims", command=" ".join(["python scripts/w4_claims.py", *given]))
+        found["claims"] = answer(table, quality)
+        if options.output is not None:
+            results.write(options.output, found)
+    except (ValueError, OSError) as reason:
+        print(f"w4_claims: {' '.join(str(reason).split())}", file=sys.stderr)
+        return BAD_INPUT
+    for number, one in enumerate(found["claims"], 1):
+        said = {True: "holds", False: "does not hold", None: "not decided"}[one["holds"]]
+        print(f"{number}. {one['claim']}: {said}" + (f" ({one['why']})" if one["why"] else ""))
+        for figure in one["figures"]:
+            print("   " + ", ".join(f"{name} {_short(value)}" for name, value in figure.items()))
+    return 0
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"tpot_p50_ms_mean", "tpot_p50_ms_ci95", "config_id", "model"} <= set(rows[0]):
+        raise ValueError(f"--agg_csv: expected a table of aggregate_results.py, got {path}")
+    return rows
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

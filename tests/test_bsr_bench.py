@@ -1,0 +1,367 @@
+"""kvcomp bench bsr on the CPU: its gate, cells, resuming, tables, flags, and the scripts around it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+from kvcomp import results  # noqa: E402
+from kvcomp.bench import bsr, bsr_cusparse, bsr_gate, bsr_rivals, bsr_samples, bsr_settings  # noqa: E402
+from kvcomp.bsr import BLOCKS, PATTERNS, random_bsr  # noqa: E402
+from kvcomp.cli import main  # noqa: E402
+from kvcomp.experiment import report, tables, tables_bsr  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse .*:UserWarning")
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SMALL = ["bench", "bsr", "--device", "cpu", "--sizes", "256", "--iterations", "5"]
+
+
+def command(*more: object) -> list[str]:
+    return [*SMALL, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("bsr") / "bsr.json"
+    flags = ("--block-sizes", 16, 64, "--patterns", "uniform", "banded", "--sparsity", 0.78, "--output", output)
+    assert main(command(*flags)) == 0
+    return results.read(output, kind="bsr")
+
+
+# ---- the gate
+
+
+def test_gate_lets_rounding_pass_and_nothing_else() -> None:
+    a = random_bsr(512, 512, 64, 0.5, dtype=torch.float16)
+    b = torch.randn(512, 512).mul_(bsr_gate.SCALE).half()
+    reference = bsr_gate.exact(a.to_dense(), b)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        error = bsr_gate.difference(reference.to(dtype), reference, 512)
+        assert error["value"] <= error["bound"], dtype
+        assert error["bound"] <= bsr_gate.LIMIT or dtype == torch.bfloat16
+        # One block that is missing, one product left out of the sums, one element that nobody wrote.
+        values = a.values.clone()
+        values[3] = 0
+        less = a.with_values(values).to_dense().double() @ b.double()
+        assert not bsr_gate.difference(less.to(dtype), reference, 512)["value"] <= error["bound"]
+        short = reference.to(torch.float32)
+        short[17] -= (a.to_dense()[17, 100] * b[100]).float() if a.to_dense()[17, 100] else 0.05
+        assert (
+            not bsr_gate.difference(short, reference, 512)["value"]
+            <= bsr_gate.difference(short, short.double(), 512)["bound"]
+        )
+        for bad in (float("nan"), float("inf")):
+            wrong = reference.to(dtype)
+            wrong[500, 3] = bad
+            found = bsr_gate.difference(wrong, reference, 512)
+            assert not found["value"] <= found["bound"]
+            json.dumps(found, allow_nan=False)
+
+
+def test_gate_grows_with_the_root_of_k() -> None:
+    reference = torch.full((4, 4), 2.0, dtype=torch.float64)
+    bounds = [bsr_gate.difference(reference.float(), reference, k)["bound"] for k in (1024, 4096)]
+    assert bounds[1] / bounds[0] == pytest.approx(2, rel=0.05)
+    huge = bsr_gate.difference((1e6 * reference).float(), 1e6 * reference, 1 << 20)
+    assert huge["bound"] == bsr_gate.LIMIT, "whatever the scale"
+
+
+def test_a_wrong_product_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is timed then, and the exit code is 1."""
+    honest = bsr.matmul
+
+    def broken(a: Any, b: Any, **how: Any) -> Any:
+        found = honest(a, b, **how)
+        found[-1, -1] += 0.05
+        return found
+
+    monkeypatch.setattr(bsr, "matmul", broken)
+    output = tmp_path / "bsr.json"
+    assert main(command("--block-sizes", 64, "--rivals", "none", "--output", output)) == 1
+    (cell,) = [cell for cell in results.read(output)["cells"] if cell["impl"] == "kvcomp"]
+    assert "median_us" not in cell and cell["error"]["value"] == pytest.approx(0.05, rel=0.01)
+    said = capsys.readouterr()
+    assert "expected at most" in said.err and "wrong" in said.out
+
+
+def test_wrong_only_in_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 out is right, the dtype that is timed is not: it fails all the same."""
+    honest = bsr.matmul
+
+    def broken(a: Any, b: Any, *, out: Any = None, **how: Any) -> Any:
+        found = honest(a, b, out=out, **how)
+        return found if out is None else out.add_(0.1)
+
+    monkeypatch.setattr(bsr, "matmul", broken)
+    settings = bsr_settings.Settings(
+        sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu", dtype="float16", rivals=()
+    )
+    found = bsr.bench(settings, command="", tell=lambda line: None)
+    (sentence,) = results.failures(found)
+    assert "float16 out" in sentence
+
+
+def test_a_wrong_rival_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(problem: bsr_rivals.Problem) -> bsr_rivals.Call:
+        return lambda i: torch.zeros_like(problem.outs[0])
+
+    def broken(problem: bsr_rivals.Problem) -> bsr_rivals.Call:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    monkeypatch.setattr(bsr_rivals, "CPU", {"torch dense": bsr_rivals.dense, "wrong": wrong, "broken": broken})
+    settings = bsr_settings.Settings(sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu")
+    found = bsr.bench(settings, command="", tell=lambda line: None)
+    assert {cell["impl"] for cell in found["cells"]} == {"torch dense, full", "torch dense", "kvcomp"}
+    reasons = {entry["impl"]: entry["reason"] for entry in found["absent"]}
+    assert reasons["broken"] == "no such kernel" and reasons["wrong"].startswith("wrong by ")
+    assert not results.failures(found)
+    header, rows = tables_bsr.rival_rows(found | {"cells": []})
+    assert header and rows == []
+
+
+# ---- cells
+
+
+def test_cells(measured: dict[str, Any]) -> None:
+    assert measured["schema"] == results.SCHEMA and measured["settings"]["device"] == "cpu"
+    ours = [cell for cell in measured["cells"] if cell["impl"] == "kvcomp"]
+    assert len(ours) == 2 * 2
+    for cell in ours:
+        case = cell["case"]
+        assert set(case) == {"m", "n", "k", "block", "sparsity", "pattern", "dtype", "out_dtype", "device"}
+        work = 2 * cell["blocks"] * case["block"] ** 2 * 256
+        assert cell["useful_tflops"] == pytest.approx(work / cell["median_us"] / 1e6)
+        assert cell["dense_equivalent_tflops"] == pytest.approx(2 * 256**3 / cell["median_us"] / 1e6)
+        (dense,) = [other for other in measured["cells"] if other["impl"] == "torch dense" and other["case"] == case]
+        assert cell["speedup"] == pytest.approx(dense["median_us"] / cell["median_us"])
+        assert cell["fraction_of_dense"] == pytest.approx(cell["useful_tflops"] / dense["dense_equivalent_tflops"])
+        assert len(cell["samples_us"]) == 5 and cell["timing"] == "clock"
+        assert cell["density"] == pytest.approx(1 - case["sparsity"], abs=0.05)
+        assert cell["row_blocks"]["least"] <= cell["row_blocks"]["mean"] <= cell["row_blocks"]["most"]
+        assert cell["error"]["value"] <= cell["error"]["bound"] <= bsr_gate.LIMIT
+    impls = {cell["impl"] for cell in measured["cells"]}
+    assert {"torch dense", "torch bsr", "torch csr", "torch dense, full"} <= impls
+    scipy = {"scipy bsr", "scipy csr"}
+    assert scipy <= impls | {entry["impl"] for entry in measured["absent"]}
+
+
+def test_a_file_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "bsr.json"
+    flags = ("--rivals", "torch dense", "--output", output)
+    assert main(command("--block-sizes", 64, *flags)) == 0
+    before = results.read(output)
+    counted: list[Any] = []
+    honest = bsr._Run.measure
+    monkeypatch.setattr(bsr._Run, "measure", lambda run, where: (counted.append(where), honest(run, where)))
+    assert main(command("--block-sizes", 64, 32, *flags)) == 0
+    after = results.read(output)
+    assert counted == [(256, 32, 0.78, "uniform")]
+    assert after["cells"][: len(before["cells"])] == before["cells"] and len(after["cells"]) > len(before["cells"])
+    counted.clear()
+    assert main(command("--block-sizes", 64, "--seed", 1, *flags)) == 0
+    assert counted == [(256, 64, 0.78, "uniform")] and results.read(output)["settings"]["seed"] == 1
+
+
+def test_samples_are_fewer_where_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bsr_samples._count(100.0, 100, 5) == 100
+    assert bsr_samples._count(1e5, 100, 5) == 30
+    assert bsr_samples._count(1e8, 100, 5) == 5
+    found, how = bsr_samples.of(lambda number: number, 2, 7, 5, "cpu")
+    assert len(found) == 7 and how == "clock"
+
+
+def test_settings() -> None:
+    cpu = bsr_settings.Settings(device="cpu").resolved()
+    assert cpu.sizes == (1024, 2048) and cpu.dtype == cpu.out_dtype == "float32" and cpu.blocks == BLOCKS
+    every = bsr_settings.Settings(device="cpu", patterns=PATTERNS, sparsity=[0.3, 0.9], sizes=[256], blocks=[16, 16])
+    cases = list(every.resolved().cases())
+    assert len(cases) == 6 + 4 and (256, 16, 0.3, "causal") not in cases
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--sizes", "100"], "bench: --sizes: expected multiples of the block sizes, got 100"),
+        (["--block-sizes", "48"], "bench: --block-sizes: expected among 16, 32, 64, 128, got 48"),
+        (["--sparsity", "1.0"], "bench: --sparsity: expected fractions of empty blocks in [0, 1), got 1.0"),
+        (["--patterns", "diagonal"], "bench: --patterns: expected among uniform, banded, "),
+        (["--rivals", "cutlass"], "bench: --rivals: expected among torch dense, "),
+        (["--iterations", "2"], "bench: --iterations: expected at least 5, got 2"),
+        (["--dtype", "int8"], "bench: --dtype: expected among float16, bfloat16, float32, got int8"),
+    ],
+)
+def test_bad_flags_are_refused(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(*flags)) == 2
+    assert capsys.readouterr().err.startswith(f"kvcomp: {sentence}")
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "bsr", "--device", "cuda"]) == 2
+    assert "bench: --device: expected a CUDA device, got none" in capsys.readouterr().err
+
+
+# ---- tables
+
+
+def test_tables(measured: dict[str, Any]) -> None:
+    for rows in tables_bsr.ROWS.values():
+        header, lines = rows(measured)
+        assert lines and all(len(line) == len(header) for line in lines)
+        assert report.markdown(header, lines).startswith("| ")
+    header, lines = tables_bsr.all_rows(measured)
+    assert len(lines) == len(measured["cells"]) and all(len(line) == len(header) for line in lines)
+    _, lines = tables_bsr.pattern_rows(measured)
+    assert [line[0] for line in lines] == ["256³, block 16", "256³, block 64"]
+
+
+def test_tables_of_a_readme(measured: dict[str, Any], tmp_path: Path) -> None:
+    for name in (*tables_bsr.ROWS, "bsr_cpu"):
+        text = f"<!-- table: {name} -->\nold\n<!-- /table -->\n"
+        with pytest.raises(FileNotFoundError):
+            tables.render(text, tmp_path)
+        path = tmp_path / tables.SOURCES[name][0]
+        results.write(path, measured)
+        made = tables.render(text, tmp_path)
+        assert made.count("\n") > 3 and "old" not in made
+        path.unlink()
+
+
+def test_goals_are_judged() -> None:
+    cells: list[dict[str, Any]] = []
+    for impl, us in (("kvcomp", 400.0), ("torch dense", 1400.0), ("torch bsr", 1030.0), ("cusparse csr", 70000.0)):
+        case = {"m": 8192, "n": 8192, "k": 8192, "block": 128, "sparsity": 0.78, "pattern": "uniform"}
+        error = {"metric": "", "value": 1e-5, "bound": 1e-2}
+        cells.append(results.cell(impl, case, error=error, median_us=us, samples_us=[us], blocks=901))
+    bsr.relate(cells, bsr_settings.TARGETS[8192, 128, 0.78, "uniform"])
+    found = results.new("bsr", command="kvcomp bench bsr") | {"cells": cells, "absent": []}
+    _, ((name, _, us, useful, share, faster, goal, beside),) = tables_bsr.speed_rows(found)
+    assert (name, us, useful, faster) == ("8192³, block 128", "400.0", "605", "3.50×")
+    assert share == "77" and goal == "650 TFLOPS (missed), 3.7× (missed)" and beside == "2.6× (torch bsr)"
+    header, rows = tables_bsr.rival_rows(found)
+    assert ("cusparse csr", "70000 (175×)") in rows and header[1] == "block 128"
+
+
+# ---- what cuSPARSE is given
+
+
+def test_blocked_ell() -> None:
+    a = random_bsr(96, 128, 32, 0.5, dtype=torch.float32, pattern="power_law", seed=3)
+    indices, values = bsr_cusparse.blocked_ell(a)
+    width = int(a.row_ptr.diff().max())
+    assert indices.shape == (3, width) and values.shape == (96, 32 * width)
+    dense = torch.zeros(96, 128)
+    for row in range(3):
+        for place, column in enumerate(indices[row].tolist()):
+            part = values[32 * row : 32 * row + 32, 32 * place : 32 * place + 32]
+            if column < 0:
+                assert not part.any()
+            else:
+                dense[32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = part
+    assert torch.equal(dense, a.to_dense())
+
+
+def test_two_of_four() -> None:
+    pruned = bsr_rivals.pruned(torch.tensor([[1.0, -3, 2, 0.5, 0, 0, 1, 9]]))
+    assert pruned.tolist() == [[0, -3, 2, 0, 0, 0, 1, 9]]
+
+
+# ---- scripts
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, timeout=100)
+
+
+def test_the_script_is_the_same_command() -> None:
+    def usage(*command: object) -> str:
+        said = run(sys.executable, *command, "--help")
+        assert said.returncode == 0, said.stderr
+        return said.stdout[said.stdout.index("usage:") :]
+
+    assert usage(SCRIPTS / "comprehensive_benchmark.py") == usage("-m", "kvcomp", "bench", "bsr")
+
+
+def test_quickstart() -> None:
+    said = run(sys.executable, SCRIPTS / "quickstart_bsr.py", "--device", "cpu", "--size", 512, "--block-size", 32)
+    assert said.returncode == 0, said.stderr
+    assert "worth it (optimal)" in said.stdout and "times faster" in said.stdout
+    said = run(sys.executable, SCRIPTS / "quickstart_bsr.py", "--device", "cpu", "--sparsity", 2)
+    assert said.returncode == 2 and said.stderr.startswith("quickstart_bsr: random_bsr: sparsity: ")
+
+
+COLUMNS = (
+    "ID",
+    "Process ID",
+    "Kernel Name",
+    "gpu__time_duration.sum",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_sector_hit_rate.pct",
+)
+NCU = f"""#!/bin/sh
+echo "==PROF== Connected to process 1"
+echo "BSRMatrix printed this"
+cat <<'END'
+{",".join(f'"{name}"' for name in COLUMNS)}
+"","","","ns","%","%"
+"0","1","kvc_bsr_kernel(float, int)","346,000","91.5","88.25"
+"1","1","kvc_bsr_kernel(float, int)","350,000","90.5",""
+END
+exit ${{NCU_STATUS:-0}}
+"""
+
+
+@pytest.fixture
+def fake_ncu(tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    ncu = folder / "ncu"
+    ncu.write_text(NCU)
+    ncu.chmod(ncu.stat().st_mode | stat.S_IEXEC)
+    return folder
+
+
+def test_profile(fake_ncu: Path, tmp_path: Path) -> None:
+    output, path = tmp_path / "profile.csv", f"{fake_ncu}{os.pathsep}{os.environ['PATH']}"
+    said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "true", PATH=path)
+    assert said.returncode == 0, said.stderr
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kernel"] for row in rows] == ["kvc_bsr_kernel(float, int)"] * 2
+    assert rows[0]["time_us"] == "346" and rows[0]["sm_pct"] == "91.5" and rows[0]["l2_hit_pct"] == "88.25"
+    assert rows[1]["l2_hit_pct"] == "" and rows[0]["occupancy_pct"] == ""
+    for word in ("dram_pct", "l2_pct", "occupancy_pct", "registers"):
+        assert word in rows[0]
+    said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "true", PATH=path, NCU_STATUS="9")
+    assert said.returncode == 1 and "got exit code 9" in said.stderr
+
+
+def test_profile_refuses(fake_ncu: Path, tmp_path: Path) -> None:
+    output = tmp_path / "none.csv"
+    said = run(SCRIPTS / "profile_ncu.sh", "-o", output, PATH="/usr/bin:/bin", CUDA_HOME=str(tmp_path / "none"))
+    if not list(Path("/opt/nvidia/nsight-compute").glob("*/ncu")):
+        assert said.returncode == 2 and said.stderr.startswith("profile_ncu: ncu: expected NVIDIA Nsight Compute")
+    (fake_ncu / "ncu").write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM'\nexit 1\n")
+    path = f"{fake_ncu}{os.pathsep}{os.environ['PATH']}"
+    said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "true", PATH=path)
+    assert said.returncode == 2 and "permission to read the GPU's counters" in said.stderr
+    (fake_ncu / "ncu").write_text("#!/bin/sh\necho '==PROF== nothing'\n")
+    said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "-k", "gemm", "true", PATH=path)
+    assert said.returncode == 1 and "expected a launch of a kernel like gemm, got none" in said.stderr
+    assert not output.exists()
+    for flags in (["-c", "0"], ["-s", "x"], ["-q"]):
+        assert run(SCRIPTS / "profile_ncu.sh", *flags).returncode == 2
