@@ -31,7 +31,7 @@ def main() -> int:
     if options.device == "cuda" and not gpu:
         print(f"quickstart_bsr: --device: expected a CUDA device, got none: {_C.cuda_info()['why']}", file=sys.stderr)
         return 2
-    size = options.size or (8192 if options.device == "cuda" else 2048)
+    size = (8192 if options.device == "cuda" else 2048) if options.size is None else options.size
     if size < 1 or (options.calls is not None and options.calls < 1):
         print("quickstart_bsr: --size, --calls: expected 1 or more, got less", file=sys.stderr)
         return 2

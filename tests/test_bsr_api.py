@@ -68,11 +68,15 @@ def test_patterns_look_as_they_are_called() -> None:
         ({"sparsity": 0.3, "pattern": "causal"}, "random_bsr: sparsity: expected 0.375 or more, as the pattern causal"),
         ({"block_size": 48}, "random_bsr: block_size: expected one of 16, 32, 64, 128, got 48"),
         ({"m": -1}, "random_bsr: shape: expected"),
+        ({"scale": -1.0}, "random_bsr: scale: expected 0 or more, got -1.0"),
+        ({"seed": -1}, r"random_bsr: seed: expected an integer in \[0, 2\*\*64\), got -1"),
     ],
 )
 def test_bad_patterns_are_refused(how: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}"):
         random_bsr(**({"m": 64, "k": 64, "block_size": 16} | how))
+    with pytest.raises(TypeError, match="random_bsr: dtype: expected float16"):
+        random_bsr(64, 64, 16, dtype=torch.int32)
 
 
 def test_random_values() -> None:
@@ -117,6 +121,25 @@ def test_tune() -> None:
         tune(a, b[:5])
 
 
+def test_tune_that_fails_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = random_bsr(256, 256, 32, 0.9, dtype=torch.float32)
+    b, reasons = torch.randn(256, 64), [RuntimeError("broken"), torch.OutOfMemoryError("full")]
+
+    def fail(self: BSRMatrix) -> Any:
+        raise reasons[0]
+
+    monkeypatch.setattr(BSRMatrix, "dense", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        tune(a, b)
+    assert not a.structure.ways
+    a.structure.ways[64, False, torch.float32] = 1
+    with pytest.raises(RuntimeError, match="broken"):
+        tune(a, b)
+    assert way_of(a, 64) == "sparse"
+    reasons.pop(0)
+    assert set(tune(a, b)) == {"sparse"}, "without the way that has no room"
+
+
 def test_sparse_mm_of_scipy() -> None:
     sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
     a = random_bsr(128, 192, 32, 0.7, dtype=torch.float32)
@@ -154,6 +177,23 @@ def test_convert_to_bsr() -> None:
         convert_to_bsr(scattered, 8)
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (250, 300)])
+def test_zeros_are_dropped_on_the_way_to_other_blocks(shape: tuple[int, int]) -> None:
+    """However they were stored; to larger blocks and back nothing is lost."""
+    dense = torch.zeros(shape)
+    dense[130:140, 20:30], dense[-1, -1] = 2.0, 3.0
+    whole = BSRMatrix.from_dense(dense, 128)
+    for form in (whole, whole.to_torch("csr"), *([dense.to_sparse_bsr((128, 128))] if shape[1] == 256 else [])):
+        made = convert_to_bsr(form, 16)
+        assert torch.equal(made.to_dense(), dense) and made.blocks == BSRMatrix.from_dense(dense, 16).blocks
+        BSRMatrix(made.values, made.row_ptr, made.col_idx, made.shape)
+        larger = convert_to_bsr(made, 64, 0.0)
+        assert larger.block_size == 64 and torch.equal(larger.to_dense(), dense)
+    values = torch.ones_like(whole.values).requires_grad_()
+    sparse_mm(whole.with_values(values), torch.ones(shape[1], 2), block_size=16).sum().backward()
+    assert values.grad is not None and bool(values.grad.any())
+
+
 def test_get_optimal_block_size() -> None:
     assert [get_optimal_block_size((side, 65536)) for side in (512, 2048, 2049, 8192, 8193)] == [32, 32, 64, 64, 128]
     for block in (16, 128):
@@ -162,6 +202,9 @@ def test_get_optimal_block_size() -> None:
     assert get_optimal_block_size(random_bsr(512, 512, 64, 0.5)) >= 64, "its blocks are not split"
     with pytest.raises(ValueError, match="get_optimal_block_size: shape: expected"):
         get_optimal_block_size((5,))
+    for how in ({"n": -5}, {"device": "nodev"}):
+        with pytest.raises(ValueError, match=f"get_optimal_block_size: {next(iter(how))}: expected "):
+            get_optimal_block_size(torch.ones(64, 64), **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -304,12 +347,15 @@ def test_linear_compiles_and_casts() -> None:
     ("x", "sentence"),
     [
         (torch.ones(2, 33), r"BlockSparseLinear: x: expected \(\.\.\., 32\) of torch.float32, got float32 \(2, 33\)"),
+        (torch.tensor(1.0), r"BlockSparseLinear: x: expected \(\.\.\., 32\) of torch.float32, got float32 \(\)"),
         (torch.ones(2, 32, dtype=torch.half), r"BlockSparseLinear: x: expected \(\.\.\., 32\) of torch.float32, got"),
     ],
 )
 def test_linear_refuses(x: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}"):
         BlockSparseLinear(32, 32, block_size=16, sparsity=0.5)(x)
+    with pytest.raises(TypeError, match="BlockSparseLinear: dtype: expected float16"):
+        BlockSparseLinear(32, 32, block_size=16, dtype=torch.int32)
     with pytest.raises(ValueError, match="BlockSparseLinear: bias: expected"):
         BlockSparseLinear.from_bsr(random_bsr(32, 32, 16, 0.5), torch.ones(3))
     with pytest.raises(ValueError, match="from_linear: sparsity: "):
@@ -321,3 +367,56 @@ def test_from_bsr_shares_memory() -> None:
     layer = BlockSparseLinear.from_bsr(a)
     assert layer.values.data_ptr() == a.values.data_ptr() and layer.bias is None
     assert isinstance(layer.weight(), BSRMatrix) and torch.equal(layer.weight().to_dense(), a.to_dense())
+
+
+def test_indices_are_the_layers_own() -> None:
+    """What a load changes is the layer alone: not the matrix it was made of, its twin, or a matrix it gave."""
+    one, other = (random_bsr(64, 96, 16, 0.5, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    layer, twin = BlockSparseLinear.from_bsr(one), BlockSparseLinear.from_bsr(one)
+    given, places = layer.weight(), one.col_idx.clone()
+    for assign in (False, True):
+        state = copy.deepcopy(BlockSparseLinear.from_bsr(other).state_dict())
+        layer.load_state_dict(state, assign=assign)
+        assert torch.equal(layer.col_idx, other.col_idx) and not torch.equal(layer.col_idx, places)
+        assert torch.equal(one.col_idx, places) and torch.equal(twin.col_idx, places)
+        state["col_idx"].zero_()
+        assert torch.equal(layer.weight().to_dense(), other.to_dense())
+    assert torch.equal(given.col_idx, places)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("blocks", r"BlockSparseLinear: values: expected \(12, 16, 16\), got float32 \(18, 16, 16\) on cpu"),
+        ("count", r"BlockSparseLinear: col_idx: expected \(12,\), got int32 \(11,\) on cpu"),
+        ("lone", "BlockSparseLinear: row_ptr, col_idx: expected both or neither, got one of them"),
+        ("bias", r"BlockSparseLinear: bias: expected \(64,\), got float32 \(63,\) on cpu"),
+    ],
+)
+def test_a_refused_state_changes_nothing(change: str, sentence: str, strict: bool) -> None:
+    layer = BlockSparseLinear(96, 64, block_size=16, sparsity=0.5, seed=1)
+    state = BlockSparseLinear(96, 64, block_size=16, sparsity=0.25 if change == "blocks" else 0.5, seed=2).state_dict()
+    if change == "count":
+        state["col_idx"] = state["col_idx"][:-1]
+    elif change == "lone":
+        del state["col_idx"]
+    elif change == "bias":
+        state["bias"] = state["bias"][:-1]
+    before, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 96)
+    want = layer(x)
+    with pytest.raises(RuntimeError, match=sentence):
+        layer.load_state_dict(state, strict=strict)
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(layer(x), want) and layer.weight().blocks == 12
+
+
+def test_a_layer_on_meta_takes_a_state() -> None:
+    layer = BlockSparseLinear(96, 64, block_size=16, sparsity=0.5, seed=1, device="meta")
+    other = BlockSparseLinear(96, 64, block_size=16, sparsity=0.5, seed=2)
+    with pytest.raises(RuntimeError, match="BlockSparseLinear: row_ptr: expected indices that can be read"):
+        other.load_state_dict(layer.state_dict())
+    layer.load_state_dict(other.state_dict(), assign=True)
+    x = torch.randn(3, 96)
+    assert torch.equal(layer(x), other(x))

@@ -175,6 +175,58 @@ def test_a_file_is_gone_on_with(
     assert counted == [(256, 64, 0.78, "uniform")] and results.read(output)["settings"]["seed"] == 1
 
 
+def test_a_wrong_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "bsr.json"
+    flags = command("--block-sizes", 64, "--rivals", "torch dense", "--output", output)
+    with monkeypatch.context() as patch:
+        honest = bsr.matmul
+        patch.setattr(bsr, "matmul", lambda *inputs, **how: honest(*inputs, **how).add_(0.1))
+        assert main(flags) == 1
+    assert main(flags) == 0
+    cells = results.read(output)["cells"]
+    assert sorted(cell["impl"] for cell in cells if "median_us" in cell) == [
+        "kvcomp",
+        "torch dense",
+        "torch dense, full",
+    ]
+    assert len({cell["impl"] for cell in cells}) == len(cells)
+
+
+def test_a_wrong_ceiling_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bsr_rivals, "multiplied", lambda left, others, outs: lambda i: torch.zeros_like(outs[0]))
+    settings = bsr_settings.Settings(sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu", rivals=())
+    found = bsr.bench(settings, command="", tell=lambda line: None)
+    assert {cell["impl"] for cell in found["cells"]} == {"kvcomp"}
+    assert [entry["impl"] for entry in found["absent"]] == ["torch dense, full"]
+
+
+def test_other_dtypes_out_on_the_cpu() -> None:
+    """torch writes its own dtype there, and its cells say so."""
+    told: list[Any] = []
+    settings = bsr_settings.Settings(
+        sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu", dtype="bfloat16", out_dtype="float32",
+        rivals=["torch dense"],
+    )  # fmt: skip
+    found = bsr.bench(settings, command="", tell=told.append)
+    assert not results.failures(found) and not found["absent"]
+    writes = {cell["impl"]: cell.get("writes") for cell in found["cells"] if cell["impl"] != "kvcomp sparse"}
+    assert writes == {"torch dense, full": "bfloat16", "torch dense": "bfloat16", "kvcomp": None}
+    assert any("bfloat16 out, " in line for line in told)
+
+
+def test_cases_without_room_are_told() -> None:
+    told: list[Any] = []
+    settings = bsr_settings.Settings(
+        sizes=[128], sparsity=[0.3], blocks=[16], patterns=["causal", "uniform"], iterations=5, device="cpu", rivals=()
+    )
+    found = bsr.bench(settings, command="", tell=told.append)
+    (entry,) = found["absent"]
+    assert entry["case"]["pattern"] == "causal" and entry["impl"] == "kvcomp"
+    assert told[0].startswith("kvcomp (128, block 16, 0.3 causal): not measured: no room for so few empty blocks")
+    again = bsr.bench(settings, command="", before=found, tell=told.append)
+    assert again["absent"] == [entry]
+
+
 def test_samples_are_fewer_where_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bsr_samples._count(100.0, 100, 5) == 100
     assert bsr_samples._count(1e5, 100, 5) == 30
@@ -197,6 +249,10 @@ def test_settings() -> None:
         (["--sizes", "100"], "bench: --sizes: expected multiples of the block sizes, got 100"),
         (["--block-sizes", "48"], "bench: --block-sizes: expected among 16, 32, 64, 128, got 48"),
         (["--sparsity", "1.0"], "bench: --sparsity: expected fractions of empty blocks in [0, 1), got 1.0"),
+        (
+            ["--sparsity", "0.3", "--patterns", "causal"],
+            "bench: --sparsity: expected 0.5 or more for the patterns causal",
+        ),
         (["--patterns", "diagonal"], "bench: --patterns: expected among uniform, banded, "),
         (["--rivals", "cutlass"], "bench: --rivals: expected among torch dense, "),
         (["--iterations", "2"], "bench: --iterations: expected at least 5, got 2"),
@@ -302,6 +358,8 @@ def test_quickstart() -> None:
     assert "worth it (optimal)" in said.stdout and "times faster" in said.stdout
     said = run(sys.executable, SCRIPTS / "quickstart_bsr.py", "--device", "cpu", "--sparsity", 2)
     assert said.returncode == 2 and said.stderr.startswith("quickstart_bsr: random_bsr: sparsity: ")
+    said = run(sys.executable, SCRIPTS / "quickstart_bsr.py", "--device", "cpu", "--size", 0)
+    assert said.returncode == 2 and said.stderr.startswith("quickstart_bsr: --size, --calls: expected 1 or more")
 
 
 COLUMNS = (

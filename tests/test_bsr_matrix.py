@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch")
-from kvcomp.bsr import BLOCKS, BSRMatrix, matmul, multiply, random_bsr, way_of  # noqa: E402
+from kvcomp.bsr import BLOCKS, BSRMatrix, matmul, matrix, multiply, random_bsr, structure, way_of  # noqa: E402
+from kvcomp.bsr.kept import Kept  # noqa: E402
 from kvcomp.bsr.structure import Structure  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
@@ -137,12 +141,19 @@ def test_dtype_and_device() -> None:
         ({"values": torch.ones(3, 16, 16)}, ValueError, "bsr: values: expected .2, 16, 16. on cpu as the indices say"),
         ({"values": torch.ones(2, 16, 16, dtype=torch.int8)}, TypeError, "bsr: values: expected a dense tensor of"),
         ({"row_ptr": [0, 1, 2]}, TypeError, "bsr: row_ptr: expected a tensor of int32 or int64, got list"),
+        (
+            {"row_ptr": torch.ones(3, dtype=torch.int32, device="meta"), "col_idx": torch.ones(2, device="meta")},
+            ValueError,
+            "bsr: row_ptr: expected indices that can be read, got int32 .3,. on meta",
+        ),
         ({"row_ptr": torch.tensor([0, 1, 2, 2])}, ValueError, "bsr_check: "),
         ({"row_ptr": torch.tensor([0, 2, 1])}, ValueError, "bsr_check: "),
         ({"row_ptr": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "bsr_check: "),
         ({"col_idx": torch.tensor([0, 9])}, ValueError, "bsr_check: "),
         ({"col_idx": torch.tensor([0, -1])}, ValueError, "bsr_check: "),
         ({"shape": (32,)}, ValueError, "bsr: shape: expected .m, k., both 0 or more"),
+        ({"shape": (32.9, 32)}, ValueError, "bsr: shape: expected .m, k., both 0 or more, got .32.9, 32."),
+        ({"shape": (32, True)}, ValueError, "bsr: shape: expected .m, k., both 0 or more"),
         ({"shape": (32, -1)}, ValueError, "bsr: shape: expected .m, k., both 0 or more"),
     ],
 )
@@ -227,6 +238,10 @@ def test_nothing_stored_and_nothing_asked() -> None:
         ({"b": np.ones((64, 2), np.float32)}, TypeError, "matmul: b: expected a dense tensor .* got ndarray"),
         ({"method": "fast"}, ValueError, "matmul: method: expected one of auto, sparse, dense, got 'fast'"),
         ({"beta": float("nan"), "out": torch.ones(48, 2)}, ValueError, "matmul: beta: expected a number, got nan"),
+        ({"beta": "x", "out": torch.ones(48, 2)}, ValueError, "matmul: beta: expected a number, got 'x'"),
+        ({"beta": 1e300, "out": torch.ones(48, 2), "method": "dense"}, ValueError, "matmul: beta: expected a number"),
+        ({"out": torch.ones(48, 1).expand(48, 2)}, ValueError, "matmul: out: expected memory of its own for each"),
+        ({"out": torch.ones(49).as_strided((48, 2), (1, 1))}, ValueError, "matmul: out: expected memory of its own"),
         ({"beta": 1.0}, ValueError, "matmul: beta: expected 0 without out, got 1.0"),
         ({"out": torch.ones(48, 3)}, ValueError, r"matmul: out: expected .48, 2. on cpu"),
         ({"out": torch.ones(48, 2), "out_dtype": torch.half}, ValueError, "matmul: out_dtype: expected torch.float32"),
@@ -282,6 +297,14 @@ def test_break_even_is_where_the_two_are_equal() -> None:
     assert even == pytest.approx(min(1.0, rates.stored_tflops[128] / rates.dense_tflops), abs=1e-6)
 
 
+@pytest.mark.parametrize(("capability", "name"), [((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_80")])
+def test_rates_of_gpus(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Hopper runs Hopper's kernel."""
+    breakeven = multiply.breakeven
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert breakeven.rates_of(torch.device("cuda"), torch.float16) is breakeven.RATES[name]
+
+
 def test_break_even_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvcomp.bsr import break_even
 
@@ -305,6 +328,125 @@ def test_kept_copies_follow_the_values() -> None:
     assert not a.joined(2).to_dense().any()
     with pytest.raises(ValueError, match="joined: factor: "):
         random_bsr(64, 64, 128, 0.0).joined(2)
+
+
+def test_other_values_in_the_same_memory_are_seen() -> None:
+    """An address and a count of changes say nothing of another tensor: only the tensor does."""
+    array = np.ones((8, 16, 16), np.float32)
+    a = random_bsr(64, 64, 16, 0.5, dtype=torch.float32)
+    a.values = torch.from_numpy(array)
+    once = a.dense().clone()
+    array *= 7
+    a.values = torch.from_numpy(array)
+    assert torch.equal(a.dense(), 7 * once)
+    parameter = torch.nn.Parameter(torch.ones(8, 16, 16))
+    a.values = parameter
+    assert torch.equal(a.dense(), once)
+    parameter.data = torch.full((8, 16, 16), 3.0)
+    assert torch.equal(a.dense(), 3 * once)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_changes_in_inference_mode_are_seen(inside: bool) -> None:
+    """Tensors of that mode count no changes."""
+    a = random_bsr(64, 64, 16, 0.5, dtype=torch.float32)
+    b = normal(64, 3)
+    with torch.inference_mode():
+        a = random_bsr(64, 64, 16, 0.5, dtype=torch.float32) if inside else a
+        once, joined = matmul(a, b, method="dense"), a.joined(2).to_dense()
+        a.values.mul_(2)
+        assert torch.equal(matmul(a, b, method="dense"), 2 * once)
+        assert torch.equal(a.joined(2).to_dense(), 2 * joined)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_products_in_inference_mode_leave_it_trainable(index_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for way in (0, 1, 2):
+        with torch.inference_mode():
+            a = random_bsr(64, 48, 16, 0.5, dtype=torch.float32, index_dtype=index_dtype)
+            monkeypatch.setattr(multiply, "_way", lambda *_, way=way: way)
+            for transpose in (False, True):
+                matmul(a, normal(64 if transpose else 48, 3), transpose=transpose)
+            a.transpose()
+        values = torch.ones(a.blocks, 16, 16, requires_grad=True)
+        for trained in (a.with_values(values), a.with_values(values).T):
+            (trained @ normal(trained.shape[1], 3)).sum().backward()
+        assert values.grad is not None
+
+
+def test_values_are_checked_when_they_are_set() -> None:
+    a = random_bsr(64, 64, 16, 0.5, dtype=torch.float32)
+    before = a.values
+    for bad in (before[:1], before[0], before.to("meta")):
+        with pytest.raises(ValueError, match=r"^bsr: values: expected \(8, 16, 16\) on cpu as the indices say, got "):
+            a.values = bad
+    with pytest.raises(TypeError, match=r"^bsr: values: expected a dense tensor of float16"):
+        a.values = before.int()
+    assert a.values is before
+    a.values = before.transpose(1, 2)
+    assert a.values.is_contiguous() and torch.equal(a.values, before.transpose(1, 2))
+
+
+def test_what_a_capture_makes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies made in the capture of a CUDA graph belong to the graph; plans must be there before."""
+    a, fresh = (random_bsr(64, 64, 16, 0.5, dtype=torch.float32) for _ in range(2))
+    b = normal(64, 3)
+    kept = a.dense()
+    monkeypatch.setattr(matrix, "capturing", lambda device: True)
+    monkeypatch.setattr(structure, "capturing", lambda device: True)
+    made = a.dense()
+    assert made is not kept and a.dense() is not made
+    for method in ("sparse", "dense"):
+        with pytest.raises(RuntimeError, match=r"^bsr: CUDA graph: expected a product of the same kind before"):
+            matmul(fresh, b, method=method)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert a.dense() is kept and fresh.kept_nbytes == 0
+    assert torch.equal(matmul(fresh, b, method="sparse"), matmul(a, b, method="sparse"))
+
+
+def test_copies_of_a_matrix_leave_what_is_kept() -> None:
+    a = random_bsr(64, 64, 16, 0.5, dtype=torch.float32)
+    dense = a.dense().clone()
+    for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+        assert other.kept_nbytes == 0 and torch.equal(other.to_dense(), dense)
+        other.values.zero_()
+    assert torch.equal(a.to_dense(), dense)
+
+
+def test_a_copy_waits_for_its_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream than that on which it was made; with streams of paper, as there may be no GPU."""
+
+    class Stream:
+        def __init__(self) -> None:
+            self.waits: list[Any] = []
+
+        def record_event(self) -> str:
+            return "made"
+
+        def wait_event(self, event: Any) -> None:
+            self.waits.append(event)
+
+    maker, other = Stream(), Stream()
+    held: list[Any] = []
+    device = torch.device("cuda")
+    source: Any = SimpleNamespace(device=device, _version=0, detach=lambda: None)
+    memory: Any = SimpleNamespace(device=device, record_stream=held.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: maker)
+    made = Kept(source, memory)
+    made.ready(memory)
+    assert not maker.waits and not held
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+    made.ready(memory)
+    assert other.waits == ["made"] and held == [other]
+
+
+def test_dense_products_round_once() -> None:
+    """With beta, too: what leaves float16's range halfway comes back."""
+    a = BSRMatrix.from_dense(torch.full((16, 16), 100.0), 16)
+    b, out = torch.full((16, 2), 50.0), torch.full((16, 2), 60000.0, dtype=torch.float16)
+    for method in ("sparse", "dense"):
+        got = matmul(a, b, out=out.clone(), beta=-1.0, method=method)  # type: ignore[arg-type]
+        assert torch.equal(got, torch.full((16, 2), 20000.0, dtype=torch.float16))
 
 
 # ---- gradients
@@ -342,6 +484,19 @@ def test_gradients_are_the_dense_products(block: int, dtype: Any) -> None:
     assert matmul(a.with_values(values), b).requires_grad
     with pytest.raises(ValueError, match="matmul: out: expected none where gradients are needed"):
         matmul(a.with_values(values), b, out=torch.empty(130, 33, dtype=dtype))
+
+
+def test_gradients_of_wide_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.mm with out_dtype has no derivative; here it is put in place of, as only CUDA has it."""
+    left, b = (normal(20, 20, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (1, 2))
+    grad = normal(20, 20, seed=3)
+    honest = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda one, other, out_dtype: honest(one.to(out_dtype), other.to(out_dtype)))
+    found = multiply._Widened.apply(left, b)
+    found.backward(grad)
+    close(found.detach(), left.detach().double() @ b.detach().double(), 20)
+    close(left.grad, grad.double() @ b.detach().double().T, 20)
+    close(b.grad, left.detach().double().T @ grad.double(), 20)
 
 
 def test_gradients_through_joined_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,10 @@ def test_gradients(block: int, dtype: Any) -> None:
         matmul(a.with_values(values), b, method=method).backward(grad)  # type: ignore[arg-type]
         close(a.with_values(values.grad).to_dense(), dense.grad * stored, 420)
         close(b.grad, wide.grad, 420)
+        values, b = a.values.clone().requires_grad_(), other.clone().requires_grad_()
+        matmul(a.with_values(values), b, method=method, out_dtype=torch.float32).backward(grad.float())  # type: ignore[arg-type]
+        close(a.with_values(values.grad).to_dense(), dense.grad * stored, 420)
+        close(b.grad, wide.grad, 420)
 
 
 def test_linear() -> None:
@@ -128,6 +132,49 @@ def test_in_a_graph() -> None:
         b.copy_(normal(1024, 512, dtype=torch.float16, seed=seed))
         graph.replay()
         close(out, a.to_dense().double() @ b.double(), 1024)
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_values_that_change_in_a_graph(way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay takes the values of then; products outside take none of the graph's memory."""
+    monkeypatch.setattr(multiply, "_way", lambda *_: way)
+    a = random_bsr(512, 512, 32, 0.7, device="cuda")
+    b, out = normal(512, 128, dtype=torch.float16), torch.empty(512, 128, dtype=torch.float16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="bsr: CUDA graph: "), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        a.matmul(b, out=out)
+    a.matmul(b, out=out)
+    with torch.cuda.graph(graph):
+        a.matmul(b, out=out)
+    for factor in (1.0, 3.0):
+        a.values.mul_(factor)
+        a.forget()
+        close(a @ b, a.to_dense().double() @ b.double(), 512)
+        out.zero_()
+        graph.replay()
+        close(out, a.to_dense().double() @ b.double(), 512)
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_other_streams_wait_for_what_is_kept(way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiply, "_way", lambda *_: way)
+    a = random_bsr(4096, 4096, 32, 0.8, device="cuda")
+    b, streams = normal(4096, 64, dtype=torch.float16), [torch.cuda.Stream() for _ in range(2)]
+    want = a.to_dense().double() @ b.double()
+    a @ b  # makes what belongs to the blocks, and waits for it
+    a.forget()
+    torch.cuda.synchronize()
+    found = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            if stream is streams[0]:
+                torch.cuda._sleep(100_000_000)
+            found.append(a @ b)
+    a.forget()
+    torch.empty(4096, 4096, dtype=torch.float16, device="cuda").fill_(float("nan"))
+    torch.cuda.synchronize()
+    for got in found:
+        close(got, want, 4096)
 
 
 @pytest.mark.parametrize("form", ["bsr", "blocked-ell", "csr"])

@@ -333,6 +333,30 @@ def test_bench_attend_refuses(
     assert "--samples: expected at least 5" in refused(capsys, tmp_path, "bench", "attend", "--samples", 1)
 
 
+def test_targets_of_benches_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stand beside their cells, met or missed by how much, in the file and on the screen."""
+    pytest.importorskip("torch", reason="needs torch")
+    from kvcomp import _C
+    from kvcomp.bench import pack
+
+    info = _C.cuda_info() | {"available": True}
+
+    def bench(*, samples: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+        error = {"metric": "bytes", "value": 0, "bound": 0}
+        case = {"s": 32768, "device": "cuda"}
+        return [results.cell("kvcomp pack", case, error=error, fraction_of_copy=0.6, target_fraction=0.8)]
+
+    monkeypatch.setattr(_C, "cuda_info", lambda: info)
+    monkeypatch.setattr(pack, "bench", bench)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["bench", "pack", "--output", str(tmp_path / "pack.json")]) == 0
+    (cell,) = results.read(tmp_path / "pack.json", kind="pack")["cells"]
+    assert cell["over_target"] == {"target_fraction": pytest.approx(0.25)}
+    assert "≥ 0.8: missed by 25.0 %" in capsys.readouterr().out
+
+
 def test_tables(report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.write(tmp_path / "experiments/results/tiny_quality.json", report)
     readme = tmp_path / "README.md"

@@ -86,12 +86,31 @@ def test_a_wrong_product_is_found() -> None:
     exact = torch.randn(128, 256)
     right = (x.double() @ exact.double().T).bfloat16()
     rows = torch.arange(128)
-    assert w4.bound_error(right, x, rows, exact, torch.device("cpu")) <= 1
+    assert w4.bound_error(right, x, rows, exact, torch.device("cpu"), 5) <= 1
     wrong = right.clone()
     wrong[3, 127] *= 1.1
-    assert w4.bound_error(wrong, x, rows, exact, torch.device("cpu")) > 1
+    assert w4.bound_error(wrong, x, rows, exact, torch.device("cpu"), 5) > 1
     wrong[0, 0] = torch.nan
-    assert w4.bound_error(wrong, x, rows, exact, torch.device("cpu")) == 1e30
+    assert w4.bound_error(wrong, x, rows, exact, torch.device("cpu"), 5) == 1e30
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "dtype", "mbits", "allowed"),
+    [
+        ("cpu", 64, torch.float32, 5, 2.0**-20),
+        ("cuda", 16, torch.float16, -1, 2.0**-20),
+        ("cuda", 17, torch.float16, 7, 2.0**-16),
+        ("cuda", 32, torch.float16, 8, 2.0**-16 + 2.0**-12),
+        ("cuda", 24, torch.float16, -1, 2.0**-16 + 2.0**-12),
+        ("cuda", 17, torch.bfloat16, 4, 2.0**-16),
+        ("cuda", 17, torch.bfloat16, 5, 2.0**-16 + 2.0**-9),
+        ("cuda", 4096, torch.bfloat16, 8, 2.0**-16 + 2.0**-8),
+        ("cuda", 4096, torch.bfloat16, -1, 2.0**-16 + 2.0**-8),
+    ],
+)
+def test_bounds_are_the_headers(device: str, m: int, dtype: Any, mbits: int, allowed: float) -> None:
+    """csrc/kvcomp/w4.h, kvc_w4_matmul_args: other kernels take more than 16 rows."""
+    assert w4._slack(torch.device(device), m, dtype, mbits) == allowed
 
 
 def test_places_that_are_checked() -> None:

@@ -19,6 +19,7 @@ from experiment_support import EXPERIMENTS  # noqa: E402
 from kvcomp import _C  # noqa: E402
 from kvcomp.w4 import SharedScaleLinear, W4Config, find_linears, quantize_model, report  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 TINY = EXPERIMENTS / "models" / "tiny-base"
 IDS = torch.randint(32, 120, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -111,7 +112,7 @@ def test_checkpoint_holds_packed_bytes(tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         name = "model.layers.0.mlp.down_proj"
         assert file.get_slice(f"{name}.weight").get_dtype() == "U8"
-        assert file.get_tensor(f"{name}._extra_state").tolist() == [model.get_submodule(name).exponent]
+        assert file.get_tensor(f"{name}._extra_state").tolist() == [model.get_submodule(name).exponent, 128, 5]
     assert (tmp_path / "model.safetensors").stat().st_size < 0.28 * (TINY / "model.safetensors").stat().st_size
 
 
@@ -224,6 +225,41 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises((RuntimeError, ValueError), match="size"):
         load(tmp_path)
+
+
+def test_a_checkpoint_of_layers_of_another_format_is_refused(tmp_path: Path) -> None:
+    """Groups of 64 with E5M3 and groups of 128 with fp16 take as many bytes."""
+    load(TINY, quantization_config=W4Config("mlp", 64, 3)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {"group_size": 128, "scale_mbits": -1}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"expected \[exponent, group_size 128, scale_mbits -1\], got \[.*, 64, 3\]"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_checkpoint_without_exponents_is_refused(short: bool, tmp_path: Path) -> None:
+    load(TINY, quantization_config=W4Config()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    held = load_file(path)
+    names = [name for name in held if name.endswith("_extra_state")]
+    for name in names:
+        exponent = held.pop(name)[:1].clone()
+        if short:
+            held[name] = exponent
+    save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="_extra_state: expected") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_dequantized_model_runs(tmp_path: Path) -> None:
+    model = load(qwen(tmp_path), quantization_config=W4Config("all", 32, 3))
+    expected = logits(model)
+    plain = model.dequantize()
+    assert {part.dtype for part in plain.parameters()} == {torch.bfloat16}
+    assert (logits(plain) - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.gpu

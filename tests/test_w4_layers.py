@@ -379,7 +379,7 @@ def test_layer_counts_its_bytes() -> None:
     assert SharedScaleLinear.from_linear(linear(4096, 128), 128, 0).bits_per_weight == 4 + 5 / 128
     assert SharedScaleLinear.from_linear(linear(4096, 128), 128, -1).bits_per_weight == 4 + 16 / 128
     # The float weights are gone.
-    assert sum(part.nbytes for part in made.state_dict().values()) == made.weight.nbytes + 4 * 128 + 4
+    assert sum(part.nbytes for part in made.state_dict().values()) == made.weight.nbytes + 4 * 128 + 12
 
 
 def test_layer_is_saved_and_loaded_with_its_exponent() -> None:
@@ -393,6 +393,46 @@ def test_layer_is_saved_and_loaded_with_its_exponent() -> None:
     x = normal(2, 256)
     assert torch.equal(other(x), made(x)) and other.exponent == made.exponent
     assert torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+@pytest.mark.parametrize("state", [None, [3], [3, 128, -1], [3, 64, 3, 1], [121, 64, 3]])
+def test_a_state_of_another_format_changes_nothing(state: list[int] | None) -> None:
+    """Groups of 64 with E5M3 and groups of 128 with fp16 take as many bytes."""
+    made, other = (SharedScaleLinear.from_linear(linear(256, 128, seed=s), 64, 3) for s in (1, 2))
+    held = made.state_dict()
+    if state is None:
+        del held["_extra_state"]
+    else:
+        held["_extra_state"] = torch.tensor(state, dtype=torch.int32)
+    before = other.dequantize()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"SharedScaleLinear: _extra_state: expected"):
+            other.load_state_dict(held, strict=strict)
+    assert torch.equal(other.dequantize(), before)
+
+
+def test_a_layer_whose_exponent_was_not_read_is_refused() -> None:
+    made = SharedScaleLinear(256, 128)
+    made.exponent = None
+    for call in (lambda: made(normal(2, 256)), made.dequantize):
+        with pytest.raises(ValueError, match="_extra_state: expected to be loaded with the weight, got none"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_x_up_to_the_range_of_sums(dtype: Any) -> None:
+    """Sums are kept without 2^exponent: finite below 2^(127 + exponent), and said to be."""
+    made = SharedScaleLinear.from_linear(linear(256, 128, bias=False, dtype=dtype), G, 5)
+    assert made.exponent is not None
+    held = made.dequantize().double()
+    x = torch.zeros(1, 256, dtype=dtype)
+    x[0, 0] = 1
+    size = float((held @ x.double().T).abs().max())
+    x *= 2.0 ** (126 + made.exponent) / size
+    with torch.no_grad():
+        out = made(x)
+    assert out.isfinite().all() and float(out.double().abs().max()) > 2.0 ** (125 + made.exponent)
+    assert "|x| |W|^T >= 2^(127 + exponent)" in str(SharedScaleLinear.__doc__)
 
 
 def test_an_empty_layer_is_zeros() -> None:
@@ -472,29 +512,48 @@ def test_meta_tensors() -> None:
     assert made(torch.empty(3, 256, device="meta")).shape == (3, 128)
 
 
-def test_every_stream_has_a_workspace_that_is_filled_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what kernels merge through must be filled, and filling it would be recorded, not done."""
-    stream, capturing = 0, False
-    monkeypatch.setattr(w4_library, "_workspaces", {})
+def test_every_stream_and_every_recording_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what kernels merge through must be filled, and no two that may run at once share it."""
+    stream, recording = 0, 0
+    for name in ("_workspaces", "_recorded", "_spare"):
+        monkeypatch.setattr(w4_library, name, {})
     monkeypatch.setattr(w4_library, "_made", lambda device: torch.full((4,), 0xFF, dtype=torch.uint8))
+    monkeypatch.setattr(w4_library, "_recording", lambda stream: recording)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording > 0)
+
+    def taken() -> Any:
+        found = w4_library._workspace(0)
+        assert found is w4_library._workspace(0)
+        return found
+
+    recording = 1
     with pytest.raises(RuntimeError, match="w4_linear: x: expected a call on this device before a graph is recorded"):
-        w4_library._workspace(0)
-    capturing = False
-    first = w4_library._workspace(0)
-    assert w4_library._workspace(0) is first
-    stream, capturing = 5, True
-    spare = w4_library._workspace(0)
-    assert spare is not first
-    capturing = False
-    own = w4_library._workspace(0)
-    assert own is not first and own is not spare
-    capturing = True
-    assert w4_library._workspace(0) is own  # recorded after a call on this stream
+        taken()
+    recording = 0
+    first = taken()
+    stream = 5
+    recording = 2
+    graph = taken()  # a stream without a call before
     stream = 6
-    assert w4_library._workspace(0) is spare
+    branch = taken()  # a branch of the same recording
+    stream, recording = 5, 0
+    own = taken()
+    recording = 3
+    other = taken()  # recorded on the same stream, after a call on it
+    recording = 4
+    last = taken()
+    found = [first, graph, branch, own, other, last]
+    assert all(one is not two for i, one in enumerate(found) for two in found[:i])
+    recording = 5
+    assert taken() is None  # without a call between: a part of the graph
+    recording = 3
+    assert taken() is other
+    recording = 0
+    assert taken() is own
+    recording = 5
+    fresh = taken()  # spares were made again
+    assert fresh is not None and all(fresh is not one for one in found)
 
 
 # ---- on a GPU
@@ -527,6 +586,37 @@ def test_gpu_layer_in_a_graph_while_workspaces_grow() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_are_replayed_at_the_same_time() -> None:
+    """Beside each other and beside plain calls; the third is recorded without a call before, and the last has two
+    branches."""
+    made = SharedScaleLinear.from_linear(linear(2048, 512, dtype=torch.float16), G, 5).cuda()
+    xs = [normal(2, 2048, dtype=torch.float16, seed=s).cuda() for s in range(6)]
+    expected = [made(x) for x in xs]
+    outs = [torch.empty_like(out) for out in expected]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
+    streams = [torch.cuda.Stream() for _ in range(5)]
+    for i in range(3):
+        with torch.cuda.graph(graphs[i], stream=streams[0]):
+            outs[i].copy_(made(xs[i]))
+    made(xs[0])
+    with torch.cuda.graph(graphs[3], stream=streams[0]):
+        streams[4].wait_stream(streams[0])
+        with torch.cuda.stream(streams[4]):
+            outs[4].copy_(made(xs[4]))
+        outs[3].copy_(made(xs[3]))
+        streams[0].wait_stream(streams[4])
+    torch.cuda.synchronize()
+    for _ in range(1000):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[4]):
+            outs[5] = made(xs[5])
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want) for out, want in zip(outs, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,83 @@ def test_refused(model: Any, arguments: dict[str, Any], said: str) -> None:
 
 
 def test_a_model_that_is_quantized_is_not_quantized_again() -> None:
+    """A checkpoint's configuration has room for one format, and would be of the last call."""
     model = small()
-    quantize_model(model, "mlp")
-    assert len(quantize_model(model, "all", group_size=32).layers) == 14  # what was left
-    with pytest.raises(ValueError, match="got none"):
-        quantize_model(model, "all")
+    quantize_model(model, "mlp", group_size=64, scale_mbits=3)
+    before = report(model)
+    with pytest.raises(ValueError, match="model: expected one that is not quantized, got one with 6 packed layers"):
+        quantize_model(model, "all", scale_mbits=-1)
+    assert report(model) == before and model.config.quantization_config.target == "mlp"
+    other = small()
+    other.config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(ValueError, match="got one whose configuration says that it is"):
+        quantize_model(other)
+
+
+def test_t5_keeps_what_it_reads_itself() -> None:
+    """Its attention is SelfAttention and EncDecAttention; wo's weight is asked for its dtype, and may be in fp32."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    assert {name.rpartition(".")[2] for name in find_linears(model, "mlp")} == {"wi"}
+    assert {name.rpartition(".")[2] for name in find_linears(model, "all")} == {"wi", *"qkvo"}
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        exact = model(input_ids=ids, decoder_input_ids=ids).logits
+        quantize_model(model, "all", group_size=32)
+        near = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert 0 < (exact - near).norm() / exact.norm() < 0.3
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+def test_subclasses_are_left_alone() -> None:
+    model = torch.nn.Sequential(Doubled(64, 64), torch.nn.Linear(64, 64))
+    assert find_linears(model, "all") == ["1"]
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear, got Doubled"):
+        SharedScaleLinear.from_linear(model[0])
+
+
+class Reader(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.ModuleDict({"read": torch.nn.Linear(64, 64), "placed": torch.nn.Linear(64, 64)})
+        self.own = torch.nn.Linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        x = self.own(x).to(self.own.weight.device)
+        return self.inner.placed(x) @ self.inner.read.weight
+
+
+def test_layers_whose_weights_others_read_are_left_alone() -> None:
+    model = torch.nn.Sequential(Reader())
+    assert find_linears(model, "all") == ["0.inner.placed", "0.own"]
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 2, 128, batch_first=True), 2).eval()
+    with pytest.raises(ValueError, match="got none in TransformerEncoder"):
+        quantize_model(encoder, "all")
+    decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(64, 2, 128, batch_first=True), 1).eval()
+    x = torch.randn(1, 5, 64)
+    assert [layer.name for layer in quantize_model(decoder, "all").layers] == ["layers.0.linear1", "layers.0.linear2"]
+    with torch.no_grad():
+        assert decoder(x, x).isfinite().all()
+
+
+def test_scales_of_bitsandbytes_are_counted() -> None:
+    """They hang on the weight, and are neither parameters nor buffers; C6's are quantized again."""
+
+    class State:
+        def __init__(self, scales: int, state2: Any = None) -> None:
+            self.absmax, self.code, self.state2 = torch.zeros(scales), torch.zeros(16), state2
+
+    layer = torch.nn.Linear(4, 4, bias=False)
+    layer.weight.quant_state = State(8, State(2))
+    assert model_bytes(torch.nn.Sequential(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
+    assert sum(part.nbytes for part in arms._held(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
 
 
 def test_weights_that_are_not_finite_change_nothing() -> None:
@@ -206,6 +279,27 @@ def test_memory_audit(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[name]["saving_pct"] == pytest.approx(found[name]["theoretical_saving_pct"], abs=1e-6)
         assert found[name]["bits_per_weight"] == pytest.approx(found[name]["theoretical_bits_per_weight"])
     assert found["C7"]["model_mem_mb"] < found["C4"]["model_mem_mb"] < found["C3"]["model_mem_mb"]
+
+
+def test_memory_audit_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that is left out frees its model, too, before the next one's bytes are counted."""
+    (arm,) = matrix.load(MATRIX).arms("C0")
+    made: list[Any] = []
+    alive: list[int] = []
+
+    def load(*arguments: Any) -> Any:
+        model = torch.nn.Linear(4, 4)
+        made.append(weakref.ref(model))
+        return model, "m"
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotImplementedError("not here")
+
+    monkeypatch.setattr(arms, "load", load)
+    monkeypatch.setattr(arms, "prepare", refuse)
+    monkeypatch.setattr(analysis, "_tidy", lambda device: alive.append(sum(ref() is not None for ref in made)))
+    assert analysis.audit(None, [arm, arm], torch.device("cpu"), lambda said: None) == []
+    assert alive == [0, 0]
 
 
 # ---- what it answers

@@ -171,7 +171,11 @@ def test_raw_records(out: Path) -> None:
             found = record["result"]
             assert set(record) == {"run_id", "env", "gpu_state_before", "gpu_state_after", "result"}
             assert record["run_id"].startswith(f"C4-r{repeat}-")
-            assert found["model"] == "tiny-base" and found["quant_mode"] == "w4_shared_scale"
+            assert (
+                found["model"] == "tiny-base"
+                and len(found["model_digest"]) == 16
+                and found["quant_mode"] == "w4_shared_scale"
+            )
             assert (found["scale_mbits"], found["quant_target"]) == (5, "mlp")
             assert found["quantized_layers"] == 18 and found["bits_per_weight"] == 4.078125
             assert len(found["token_ms"]) == found["output_len"] and found["token_ms"] == sorted(found["token_ms"])
@@ -231,7 +235,7 @@ def test_prompts_are_the_same_for_every_configuration() -> None:
 
     def subject(mode: str) -> Any:
         arm = matrix.Arm("x", "", mode)  # type: ignore[arg-type]
-        return offline_repeat.Subject(Model, "m", arm, "auto", torch.device("cpu"), 42, {})
+        return offline_repeat.Subject(Model, "m", arm, "auto", torch.device("cpu"), 42, "d", {})
 
     first, second = (offline_repeat._ids(subject(mode), 17) for mode in ("none", "w4_shared_scale"))
     assert torch.equal(first, second) and first.shape == (1, 17)
@@ -307,6 +311,89 @@ def test_aggregate() -> None:
     assert offline_table.aggregate([]) == []
     with pytest.raises(ValueError, match="device: expected cuda in all repeats of C4"):
         offline_table.aggregate([*rows_of(1.0), *rows_of(2.0, subrun_id="x", device="cpu")])
+
+
+def test_models_of_one_name_are_not_one() -> None:
+    rows = [*rows_of(1.0, model_digest="a"), *rows_of(2.0, model_digest="b", subrun_id="x")]
+    with pytest.raises(ValueError, match="aggregate: model_digest: expected a in all repeats of C4"):
+        offline_table.aggregate(rows)
+    for name in (None, ""):
+        with pytest.raises(ValueError, match="aggregate: model: expected a name in every row, got none in r0"):
+            offline_table.aggregate([*rows_of(1.0, model=name), *rows_of(2.0)])
+
+
+def test_a_models_name_and_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXPERIMENTS / "models" / "tiny-base")
+    cpu = torch.device("cpu")
+    model, name = arms.load(".", "bf16", cpu)
+    assert name == "tiny-base"
+    digest = arms.digest(model)
+    assert digest == arms.digest(arms.load(None, "bf16", cpu)[0])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 3] += 1
+    assert arms.digest(model) != digest
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, answered: Any) -> offline_repeat.Subject:
+    """A subject whose answers are these, on a GPU that is not asked for anything."""
+    config = type("Config", (), {"vocab_size": 100, "max_position_embeddings": 4096})
+    weights = {"weight_bytes": 1, "bits_per_weight": 16.0, "quantized_layers": 0}
+    subject = offline_repeat.Subject(
+        type("Model", (), {"config": config}), "m", matrix.Arm("C0", "", "none"), "auto", torch.device("cuda"), 0, "d",
+        weights,
+    )  # fmt: skip
+    monkeypatch.setattr(offline_repeat, "_ids", lambda subject, length: torch.zeros(1, length, dtype=torch.long))
+    monkeypatch.setattr(offline_repeat, "answer", answered)
+    monkeypatch.setattr(offline_repeat, "environment", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    return subject
+
+
+def test_the_timed_answer_is_not_the_first_of_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with any cache: the first loads and chooses kernels, and takes memory."""
+    asked: list[tuple[int, int]] = []
+
+    def answered(subject: Any, ids: Any, output: int) -> offline_repeat.Timed:
+        asked.append((ids.shape[1], output))
+        return offline_repeat.Timed(1.0, [1.0 + i for i in range(output)], 0)
+
+    found, state = offline_repeat.measure(on_a_gpu(monkeypatch, answered), 512, 64, power.Gpu(None), None)
+    assert asked == [(512, 4), (512, 64)] and found["output_len"] == 64
+    assert state == {"pynvml_error": "the run is on the CPU"}
+
+
+def test_throttling_during_answers_is_flagged(bus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow clocks are those of a GPU at work: of an idle one they say nothing."""
+    nvml = Nvml(counter=True)
+
+    def answered(subject: Any, ids: Any, output: int) -> offline_repeat.Timed:
+        nvml.reasons, nvml.celsius = 0x40, 80
+        return offline_repeat.Timed(1.0, [1.0 + i for i in range(output)], 0)
+
+    def tidied(device: Any) -> None:
+        nvml.reasons, nvml.celsius = 1, 40
+
+    subject = on_a_gpu(monkeypatch, answered)
+    gpu = power.Gpu(0, nvml)
+    monkeypatch.setattr(power, "Gpu", lambda ordinal: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(power, "idle_watts", lambda gpu: None)
+    monkeypatch.setattr(offline_repeat, "_ENERGY_SECONDS", 1e-4)
+    monkeypatch.setattr(offline_repeat, "_tidy", tidied)
+    (record,) = offline_repeat.sweep(subject, [16], [2], 0, "a")
+    assert record["result"]["flags"] == ["80 C (above 75)", "throttled: hardware thermal slowdown"]
+    assert record["gpu_state_before"]["throttle_reasons"] == 1 and record["gpu_state_after"]["temperature_c"] == 80
+
+
+def test_the_worst_state() -> None:
+    one = {"sm_clock_mhz": 1980, "mem_clock_mhz": 3201, "temperature_c": 40, "power_w": None, "throttle_reasons": 1,
+           "throttle_names": ["idle"]}  # fmt: skip
+    two = one | {"sm_clock_mhz": 900, "temperature_c": 70, "power_w": 600.0, "throttle_reasons": 4}
+    assert power.worst(one, two) == {
+        "sm_clock_mhz": 900, "mem_clock_mhz": 3201, "temperature_c": 70, "power_w": 600.0, "throttle_reasons": 5,
+        "throttle_names": ["idle", "software power cap"],
+    }  # fmt: skip
 
 
 def test_students_quantiles() -> None:
@@ -423,7 +510,9 @@ def test_energy_of_answers(bus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = power.measure
     monkeypatch.setattr(power, "measure", lambda gpu, work, *, idle: measure(gpu, work, idle=idle, least=0.0))
     gpu = power.Gpu(0, Nvml(counter=True))
-    found = offline_repeat.energy(None, None, 11, gpu, 100.0)  # type: ignore[arg-type]
+    states: list[dict[str, Any]] = []
+    found = offline_repeat.energy(None, None, 11, gpu, 100.0, states)  # type: ignore[arg-type]
+    assert len(states) >= 4 and states[0] == gpu.state()
     assert found["joules_per_token"] == pytest.approx(200 * 0.03 / 11, rel=0.25)
     assert found["energy"]["prefill_joules"] == pytest.approx(200 * 0.01, rel=0.25)
     assert found["energy"]["decode_joules_per_token"] == pytest.approx(200 * 0.002, rel=0.35)

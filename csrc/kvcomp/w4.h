@@ -78,7 +78,7 @@ typedef struct {
     kvc_tensor packed;    /* in  (kvc_w4_bytes,) uint8, 16-aligned */
     kvc_tensor bias;      /* in  (n,) float32 | float16 | bfloat16; optional */
     kvc_tensor workspace; /* (bytes,) uint8; CUDA only: kvc_w4_workspace_cuda bytes that are 0xFF before the first call,
-                           * which every call leaves so; one for each stream */
+                           * which every call leaves so; one for each stream and each recorded graph */
     kvc_w4_shape shape;
     int32_t threads; /* CPU; 0: as many as kvc_threads() */
     int32_t early;   /* CUDA only. 1: nothing that the stream may still be doing writes packed: reading overlaps it */

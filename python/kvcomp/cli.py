@@ -316,6 +316,7 @@ def _add_bench(commands: Any) -> None:
     attend.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8, 16], help="default: all that it measures")
     attend.add_argument("--sections", nargs="+", metavar="SECTION", help="parts to measure (cuda; default: all)")
     attend.add_argument("--samples", type=int, help="of every cell (default: 30; cuda: its own)")
+    attend.add_argument("--minutes", type=float, help="begin nothing later than this; the next run goes on (cuda)")
     attend.add_argument("--seed", type=int, default=0)
     attend.set_defaults(run=_bench_attend)
     for name, doing in _CUDA_BENCHES.items():
@@ -342,8 +343,9 @@ def _bench_attend(options: argparse.Namespace, command: str) -> int:
     if options.device == "cuda":
         options.operation = "attend"
         return _bench_cuda(options, command)
-    if options.sections is not None:
-        raise ValueError(f"bench: --sections: expected none with --device cpu, got {options.sections}")
+    for flag in ("sections", "minutes"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"bench: --{flag}: expected none with --device cpu, got {getattr(options, flag)}")
     from . import results
     from .bench import attend
     from .experiment import report
@@ -372,6 +374,7 @@ def _bench_cuda(options: argparse.Namespace, command: str) -> int:
     import inspect
 
     from . import _C, results
+    from .bench import goals
 
     name = options.operation
     if options.output is not None:
@@ -385,7 +388,9 @@ def _bench_cuda(options: argparse.Namespace, command: str) -> int:
     given: dict[str, Any] = {"seed": options.seed}
     if "command" in takes:
         given["command"] = command
-    for flag in ("samples", "bits", "sections", "tokens"):
+    if "before" in takes and options.output is not None and options.output.exists():
+        given["before"] = results.read(options.output, kind=name)
+    for flag in ("samples", "bits", "sections", "minutes", "tokens"):
         value = getattr(options, flag, None)
         if value is not None and flag not in takes:
             raise ValueError(f"bench: --{flag}: expected none for {name} on cuda, got {value}")
@@ -396,6 +401,9 @@ def _bench_cuda(options: argparse.Namespace, command: str) -> int:
     if "save" in takes and options.output is not None:
         given["save"] = functools.partial(results.write, options.output)
     measured = module.bench(**given)
+    for entry in [] if "command" in takes else measured:
+        if excess := goals.excess(entry):
+            entry["over_target"] = excess
     found: dict[str, Any] = measured if "command" in takes else results.new(name, command=command) | {"cells": measured}
     if options.output is not None:
         results.write(options.output, found)
@@ -404,7 +412,8 @@ def _bench_cuda(options: argparse.Namespace, command: str) -> int:
 
 
 def _print_cells(found: dict[str, Any], title: str) -> None:
-    """Every cell's case, median time and rate."""
+    """Every cell's case, median time, rate, and what was asked of it."""
+    from .bench import goals
     from .experiment import report
 
     rows = [
@@ -413,10 +422,11 @@ def _print_cells(found: dict[str, Any], title: str) -> None:
             ", ".join(f"{name} {value}" for name, value in entry["case"].items()),
             f"{entry['median_us']:.2f}" if "median_us" in entry else "",
             f"{entry['gb_per_s']:.0f}" if "gb_per_s" in entry else "",
+            goals.verdict(entry),
         )
         for entry in found["cells"]
     ]
-    report.print_rows(("", "case", "us", "GB/s"), rows, _console(), title)
+    report.print_rows(("", "case", "us", "GB/s", "target"), rows, _console(), title)
 
 
 def _say(line: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +14,8 @@ from . import timing_cuda
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
 }
-# Slow ones that need several times their inputs' memory are left out above these bytes of keys and values.
-MOST_BYTES = {"efficient": 2 << 30, "math": 1 << 30}
+_FLEX = "torch flex_attention compiled"
 # bf16 probabilities and outputs, 2^-8 each, relative.
 BOUND = 1e-2
 
@@ -65,13 +62,16 @@ class Tensors:
         return {"metric": "relative error (L2) against fp64", "value": (gap / size) ** 0.5, "bound": BOUND}
 
 
-def calls(name: str, tensors: Tensors) -> Iterator[tuple[str, Call]]:
-    """Each form of a rival: its name in results, and a call that takes a running number to choose its input by."""
+def forms(name: str) -> dict[str, bool | None]:
+    """Names in results of each form of a rival; whether the query heads of a KV head are rows (None: FlexAttention)."""
     if name == "flex":
-        yield "torch flex_attention compiled", _flex(tensors)
-        return
-    for form, rows in (("enable_gqa", False), ("group as rows", True)):
-        yield f"torch sdpa {name}, {form}", functools.partial(_sdpa, tensors, _BACKENDS[name], rows)
+        return {_FLEX: None}
+    return {f"torch sdpa {name}, {form}": rows for form, rows in (("enable_gqa", False), ("group as rows", True))}
+
+
+def call_of(name: str, rows: bool | None, tensors: Tensors) -> Call:
+    """A call of one form, that takes a running number to choose its input by."""
+    return _flex(tensors) if rows is None else functools.partial(_sdpa, tensors, _BACKENDS[name], rows)
 
 
 def _sdpa(tensors: Tensors, backend: SDPBackend, rows: bool, number: int) -> torch.Tensor:

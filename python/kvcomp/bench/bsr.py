@@ -63,6 +63,8 @@ def bench(
         _C.set_threads(found["threads"])
         torch.set_num_threads(found["threads"])
     run = _Run(settings, found, tell)
+    for where in settings.without_room():
+        run.leave_out("kvcomp", run.case(*where), f"no room for so few empty blocks in the pattern {where[3]}")
     for size in settings.sizes or ():
         run.ceilings(size)
         run.free()
@@ -89,7 +91,21 @@ class _Run:
         return {**shape, **kinds}
 
     def has(self, impl: str, case: dict[str, Any]) -> bool:
-        return any(cell["impl"] == impl and cell["case"] == case for cell in self.found["cells"])
+        """Whether it was timed; a wrong one is measured again."""
+        timed = (cell for cell in self.found["cells"] if "median_us" in cell)
+        return any(cell["impl"] == impl and cell["case"] == case for cell in timed)
+
+    def drop(self, case: dict[str, Any]) -> None:
+        """What was found for a case before."""
+        for name in ("cells", "absent"):
+            self.found[name] = [entry for entry in self.found[name] if entry["case"] != case]
+
+    def leave_out(self, impl: str, case: dict[str, Any], reason: str) -> None:
+        entry = {"impl": impl, "case": case, "reason": reason}
+        if entry not in self.found["absent"]:
+            self.found["absent"].append(entry)
+        of = f"({case['m']}, block {case['block']}, {case['sparsity']:g} {case['pattern']})"
+        self.tell(f"{impl} {of}: not measured: {reason}")
 
     # ---- inputs
 
@@ -121,6 +137,7 @@ class _Run:
         how: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "seed": self.settings.seed, "scale": SCALE}
         matrix = random_bsr(size, size, block, sparsity, pattern=pattern, **how)
         problem, case = self.problem(matrix), self.case(*where)
+        self.drop(case)
         reference = exact(matrix.to_dense(), problem.others[0])
         cells = [self.ours("kvcomp", problem, reference, case, "auto")]
         if cells[0]["way"] != "sparse":
@@ -171,17 +188,20 @@ class _Run:
     def rival(
         self, name: str, make: Callable[[], Call], reference: torch.Tensor, case: dict[str, Any], copies: int
     ) -> list[dict[str, Any]]:
-        """Its cell; or none, and an entry among the absent ones."""
+        """Its cell; or none, and an entry among the absent ones. ``writes``: a dtype that is not the case's."""
         try:
             call = make()
-            error = difference(call(0), reference, case["k"], half_units=_RIVAL_ROOM)
+            first = call(0)
+            error = difference(first, reference, case["k"], half_units=_RIVAL_ROOM)
             if not error["value"] <= error["bound"]:
                 raise ArithmeticError(f"wrong by {error['value']:.3g}, more than {error['bound']:.3g}")
-            return [results.cell(name, case, error=error, **self.timed(call, copies))]
+            kind = str(first.dtype).removeprefix("torch.")
+            more = {} if kind == case["out_dtype"] else {"writes": kind}
+            del first
+            return [results.cell(name, case, error=error, **self.timed(call, copies), **more)]
         except Exception as reason:  # whatever a rival's library makes of it: that is its result here
             said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-            self.found["absent"].append({"impl": name, "case": case, "reason": said})
-            self.tell(f"{name}: not measured: {said}")
+            self.leave_out(name, case, said)
             return []
 
     def ceilings(self, size: int) -> None:
@@ -194,18 +214,20 @@ class _Run:
         lefts = [left, *(left.clone() for _ in range(count - 1))]
         others = [other, *(other.clone() for _ in range(count - 1))]
         outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
-        full = self.timed(bsr_rivals.multiplied(lefts, others, outs), count)
-        cell = results.cell("torch dense, full", case, error=None, role="ceiling", **full)
-        cell["tflops"] = _tflops(2 * size**3, cell)
-        self.tell(line(cell))
-        self.found["cells"].append(cell)
+        self.drop(case)
+        make = functools.partial(bsr_rivals.multiplied, lefts, others, outs)
+        for cell in self.rival("torch dense, full", make, exact(left, other), case, count):
+            cell |= {"role": "ceiling", "tflops": _tflops(2 * size**3, cell)}
+            self.tell(line(cell))
+            self.found["cells"].append(cell)
         if self.device == "cuda" and self.settings.rivals:
-            lefts = [bsr_rivals.pruned(part) for part in lefts]
+            lefts, case = [bsr_rivals.pruned(part) for part in lefts], self.case(size, None, 0.5, "2:4")
+            self.drop(case)
             made = self.rival(
                 "cusparselt 2:4",
                 functools.partial(bsr_rivals.two_of_four, lefts, others),
                 exact(lefts[0], other),
-                self.case(size, None, 0.5, "2:4"),
+                case,
                 count,
             )
             for cell in made:
@@ -251,6 +273,8 @@ def line(cell: dict[str, Any]) -> str:
     """One cell in words."""
     case = cell["case"]
     said = f"{cell['impl']} ({case['m']}, block {case['block']}, {case['sparsity']:g} {case['pattern']}): "
+    if "writes" in cell:
+        said += f"{cell['writes']} out, "
     if "median_us" not in cell:
         return said + f"wrong: {cell['error']['metric']} {cell['error']['value']:.3g}"
     said += f"{cell['median_us']:.1f} us"

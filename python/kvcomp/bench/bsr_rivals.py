@@ -39,10 +39,12 @@ def dense(problem: Problem) -> Call:
 
 
 def multiplied(left: list[torch.Tensor], others: list[torch.Tensor], outs: list[torch.Tensor]) -> Call:
-    """Products of dense matrices, into the outs where torch can."""
+    """Products of dense matrices, into the outs where torch can. On the CPU it writes no other dtype than theirs."""
     dtype = outs[0].dtype
     if dtype == left[0].dtype:
         return lambda i: torch.mm(left[i % len(left)], others[i % len(left)], out=outs[i % len(left)])
+    if left[0].device.type == "cpu":
+        return lambda i: torch.mm(left[i % len(left)], others[i % len(left)])
     return lambda i: torch.mm(left[i % len(left)], others[i % len(left)], out_dtype=dtype)
 
 

@@ -16,6 +16,7 @@ from . import bsr_rivals
 SAMPLES_LEAST = 5
 Where = tuple[int, int, float, str]  # size, block, sparsity, pattern
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_HALVED = ("causal", "sliding_window")  # patterns that leave a triangle empty
 # What the design asks of an H200.
 TARGETS: dict[Where, dict[str, float]] = {
     (8192, 128, 0.78, "uniform"): {"target_tflops": 650.0, "target_speedup": 3.7},
@@ -82,16 +83,30 @@ class Settings:
         for sparsity in self.sparsity or ():
             if not 0 <= sparsity < 1:
                 raise ValueError(f"bench: --sparsity: expected fractions of empty blocks in [0, 1), got {sparsity}")
+        if not any(True for _ in self.cases()):
+            raise ValueError(
+                f"bench: --sparsity: expected 0.5 or more for the patterns {', '.join(_HALVED)}, got "
+                f"{', '.join(map(str, self.sparsity or ()))}"
+            )
         if (self.iterations or 0) < SAMPLES_LEAST:
             raise ValueError(f"bench: --iterations: expected at least {SAMPLES_LEAST}, got {self.iterations}")
         if gpu and not (_C.cuda_info()["available"] and torch.cuda.is_available()):
             raise NotImplementedError(f"bench: --device: expected a CUDA device, got none: {_C.cuda_info()['why']}")
 
     def cases(self) -> Iterator[Where]:
-        """Size, block, sparsity, pattern; those without room for so few empty blocks are left out."""
-        for case in itertools.product(self.sizes or (), self.blocks, self.sparsity or (), self.patterns):
-            if case[3] not in ("causal", "sliding_window") or case[2] >= 0.5:
-                yield case
+        """Size, block, sparsity, pattern; but for those ``without_room``."""
+        return itertools.filterfalse(_is_full, self._products())
+
+    def without_room(self) -> Iterator[Where]:
+        """Those whose pattern has no room for so few empty blocks."""
+        return filter(_is_full, self._products())
+
+    def _products(self) -> Iterator[Where]:
+        return itertools.product(self.sizes or (), self.blocks, self.sparsity or (), self.patterns)
+
+
+def _is_full(case: Where) -> bool:
+    return case[3] in _HALVED and case[2] < 0.5
 
 
 def _each(values: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -54,6 +54,7 @@ class Subject:
     kv_cache_dtype: str
     device: torch.device
     seed: int
+    digest: str  # of arms.digest, before it was quantized
     weights: dict[str, Any]  # of arms.prepare
 
 
@@ -141,8 +142,11 @@ def _records(options: argparse.Namespace, arm: Arm, device: torch.device) -> Ite
             name = f"{options.model_shape} shape, random weights"
         else:
             model, name = arms.load(path, arm.dtype, device)
+        digest = arms.digest(model)
         weights = arms.prepare(model, arm)
-        subject = Subject(model, name, arm, options.kv_cache_dtype or "auto", device, options.seed or 0, weights)
+        subject = Subject(
+            model, name, arm, options.kv_cache_dtype or "auto", device, options.seed or 0, digest, weights
+        )
         prefix = options.run_id_prefix + (f"-model{number + 1}" if number else "")
         with _packing(subject):
             yield from sweep(
@@ -204,7 +208,7 @@ def sweep(
             reason = f"{subject.name} has {most} positions"
         else:
             try:
-                found = measure(subject, prompt, output, gpu, idle)
+                found, after = measure(subject, prompt, output, gpu, idle)
             except torch.OutOfMemoryError as error:
                 if not leave_out:
                     raise NotImplementedError(
@@ -212,7 +216,7 @@ def sweep(
                     ) from None
                 reason = "out of memory"
         _tidy(subject.device)
-        states = {"gpu_state_before": before, "gpu_state_after": gpu.state()}
+        states = {"gpu_state_before": before, "gpu_state_after": gpu.state() if reason is not None else after}
         if reason is not None:
             print(f"offline: {head['run_id']}: left out: {reason}", file=sys.stderr, flush=True)
             yield head | states | {"result": None, "left_out": reason}
@@ -221,21 +225,25 @@ def sweep(
         yield head | states | {"result": found}
 
 
-def measure(subject: Subject, prompt: int, output: int, gpu: power.Gpu, idle: float | None) -> dict[str, Any]:
-    """The figures of one cell."""
+def measure(
+    subject: Subject, prompt: int, output: int, gpu: power.Gpu, idle: float | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of one cell, and the GPU's state: the worst of those right after the timed answer and during the ones
+    whose energy is measured."""
     cuda = subject.device.type == "cuda"
     ids = _ids(subject, prompt)
-    if subject.kv_cache_dtype != "auto" and cuda:
-        answer(subject, ids, min(output, 4))  # pages of this size are there, and the step's kernels known
     if cuda:
+        answer(subject, ids, min(output, 4))  # memory of this size is there, and kernels are loaded and chosen
         torch.cuda.reset_peak_memory_stats()
     timed = answer(subject, ids, output)
+    states = [gpu.state()]
     peak = (torch.cuda.max_memory_allocated() + _packed_bytes(subject, timed)) / results.MIB if cuda else None
     total = timed.token_ms[-1]
     steps = [later - earlier for earlier, later in itertools.pairwise(timed.token_ms)]
     arm = subject.arm
-    return {
+    result = {
         "model": subject.name,
+        "model_digest": subject.digest,
         "device": subject.device.type,
         "quant_mode": arm.mode,
         "scale_mbits": arm.scale_mbits,
@@ -257,9 +265,10 @@ def measure(subject: Subject, prompt: int, output: int, gpu: power.Gpu, idle: fl
         "peak_gpu_mem_mb": peak,
         "kv_bytes": timed.kv_bytes,
         **{name: subject.weights[name] for name in ("bits_per_weight", "quantized_layers")},
-        **energy(subject, ids, output, gpu, idle),
+        **energy(subject, ids, output, gpu, idle, states),
         "token_ms": timed.token_ms,
     }
+    return result, power.worst(*states)
 
 
 def answer(subject: Subject, ids: torch.Tensor, output: int) -> Timed:
@@ -329,9 +338,11 @@ class _Clock:
         return [1e3 * (mark - first) for mark in rest]
 
 
-def energy(subject: Subject, ids: torch.Tensor, output: int, gpu: power.Gpu, idle: float | None) -> dict[str, Any]:
+def energy(
+    subject: Subject, ids: torch.Tensor, output: int, gpu: power.Gpu, idle: float | None, states: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Joules for a generated token, what an idle GPU takes subtracted: of answers that are not timed, as many as take
-    about a second, so that a counter of ten readings a second can tell."""
+    about a second, so that a counter of ten readings a second can tell. The GPU's states meanwhile go to ``states``."""
     if gpu.why is not None:
         return {"joules_per_token": None, "energy": {"why": gpu.why}}
 
@@ -339,7 +350,12 @@ def energy(subject: Subject, ids: torch.Tensor, output: int, gpu: power.Gpu, idl
         start = time.perf_counter()
         answer(subject, ids, tokens)
         count = max(1, int(_ENERGY_SECONDS / (time.perf_counter() - start)) + 1)
-        return power.measure(gpu, lambda: _times(count, lambda: answer(subject, ids, tokens)), idle=idle), count
+
+        def answers() -> None:
+            for _ in range(count):
+                answer(subject, ids, tokens)
+
+        return power.measure(gpu, lambda: states.extend(power.watch(gpu, answers)), idle=idle), count
 
     whole, answers = joules(output)
     prefill, prefills = joules(1)
@@ -361,11 +377,6 @@ def energy(subject: Subject, ids: torch.Tensor, output: int, gpu: power.Gpu, idl
             "why": None,
         },
     }
-
-
-def _times(count: int, work: Callable[[], object]) -> None:
-    for _ in range(count):
-        work()
 
 
 def _ids(subject: Subject, length: int) -> torch.Tensor:

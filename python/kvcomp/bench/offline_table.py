@@ -28,6 +28,7 @@ CASE = (
     "repeat",
     "subrun_id",
     "model",
+    "model_digest",
     "quant_mode",
     "scale_mbits",
     "group_size",
@@ -42,7 +43,17 @@ CASE = (
 FLAT = (*CASE, *METRICS, "bits_per_weight", "flags")
 GROUP = ("model", "config_id", "prompt_len", "output_len")
 # What all rows of a group must have in common for their mean to be of anything.
-SAME = ("quant_mode", "scale_mbits", "group_size", "quant_target", "rounding", "dtype", "kv_cache_dtype", "device")
+SAME = (
+    "model_digest",
+    "quant_mode",
+    "scale_mbits",
+    "group_size",
+    "quant_target",
+    "rounding",
+    "dtype",
+    "kv_cache_dtype",
+    "device",
+)
 Row = dict[str, Any]
 
 
@@ -56,7 +67,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRIC
     """Mean, standard deviation and half of the 95 % interval of every metric over the repeats of (model, config,
     prompt, output). None where no repeat has a figure; std and ci95 of a single one are None, too.
 
-    ValueError where a group's rows are not repeats of one thing, or one of them is there twice."""
+    ValueError where a group's rows are not repeats of one thing (two models of one name are not), one of them is there
+    twice, or does not say of which model it is."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     seen: set[tuple[Any, ...]] = set()
     for row in rows:
@@ -64,6 +76,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRIC
         if one in seen:
             raise ValueError(f"aggregate: rows: expected every run once, got {row['subrun_id']} twice")
         seen.add(one)
+        if not row["model"]:
+            raise ValueError(f"aggregate: model: expected a name in every row, got none in {row['subrun_id']}")
         groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
     made = []
     for key, members in groups.items():

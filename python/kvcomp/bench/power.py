@@ -6,7 +6,9 @@ figures are None, beside the sentence that says why.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +70,7 @@ class Gpu:
             "temperature_c": self._ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
             "power_w": None if power is None else power / 1e3,
             "throttle_reasons": bits,
-            "throttle_names": None if bits is None else [name for bit, name in _REASONS.items() if bits & bit],
+            "throttle_names": _names(bits),
         }
 
     def joules(self) -> float | None:
@@ -111,8 +113,15 @@ def measure(gpu: Gpu, work: Callable[[], object], *, idle: float | None, least: 
     """The energy of ``work``, which returns when the GPU has done it. Shorter than ``least`` seconds says nothing."""
     if gpu.why is not None:
         return Energy(None, None, 0.0, None, gpu.why)
+    samples: list[tuple[float, float]] = []
+
+    def take() -> None:
+        watts = gpu.watts()
+        if watts is not None:
+            samples.append((time.perf_counter(), watts))
+
     before = gpu.joules()
-    sampler = None if before is not None else _Sampler(gpu)
+    sampler = None if before is not None else _Sampler(take)
     start = time.perf_counter()
     if sampler is not None:
         sampler.start()
@@ -120,7 +129,8 @@ def measure(gpu: Gpu, work: Callable[[], object], *, idle: float | None, least: 
         work()
     finally:
         seconds = time.perf_counter() - start
-        samples = [] if sampler is None else sampler.stop()
+        if sampler is not None:
+            sampler.stop()
     after = gpu.joules()
     source: str | None = "counter"
     joules = None if before is None or after is None else after - before
@@ -142,6 +152,42 @@ def trapezoids(samples: Sequence[tuple[float, float]]) -> float | None:
     return sum((t - s) * (p + q) / 2 for (s, p), (t, q) in itertools.pairwise(samples))
 
 
+def watch(gpu: Gpu, work: Callable[[], object]) -> list[dict[str, Any]]:
+    """The states of the GPU every 0.1 s while ``work`` runs, and at both ends: once it is idle it says nothing."""
+    states: list[dict[str, Any]] = []
+    sampler = _Sampler(lambda: states.append(gpu.state()))
+    sampler.start()
+    try:
+        work()
+    finally:
+        sampler.stop()
+    return states
+
+
+def worst(*states: dict[str, Any]) -> dict[str, Any]:
+    """One state of several: the lowest clocks, the highest temperature and power, every reason that one of them has."""
+    if any("pynvml_error" in state for state in states):
+        return states[0]
+
+    def of(name: str, choose: Callable[[list[Any]], Any]) -> Any:
+        known = [state[name] for state in states if state[name] is not None]
+        return choose(known) if known else None
+
+    bits = of("throttle_reasons", lambda found: functools.reduce(operator.or_, found))
+    return {
+        "sm_clock_mhz": of("sm_clock_mhz", min),
+        "mem_clock_mhz": of("mem_clock_mhz", min),
+        "temperature_c": of("temperature_c", max),
+        "power_w": of("power_w", max),
+        "throttle_reasons": bits,
+        "throttle_names": _names(bits),
+    }
+
+
+def _names(bits: int | None) -> list[str] | None:
+    return None if bits is None else [name for bit, name in _REASONS.items() if bits & bit]
+
+
 def flags(*states: dict[str, Any]) -> list[str]:
     """Why a sample taken between these states should not be trusted: heat, throttling. Empty: nothing known."""
     found = []
@@ -156,28 +202,21 @@ def flags(*states: dict[str, Any]) -> list[str]:
 
 
 class _Sampler(threading.Thread):
-    """Power every 0.1 s, and at both ends."""
+    """Calls ``take`` every 0.1 s, and at both ends."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, take: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self._gpu, self._enough = gpu, threading.Event()
-        self._samples: list[tuple[float, float]] = []
+        self._take, self._enough = take, threading.Event()
 
     def run(self) -> None:
         self._take()
         while not self._enough.wait(SAMPLE_SECONDS):
             self._take()
 
-    def stop(self) -> list[tuple[float, float]]:
+    def stop(self) -> None:
         self._enough.set()
         self.join()
         self._take()
-        return self._samples
-
-    def _take(self) -> None:
-        watts = self._gpu.watts()
-        if watts is not None:
-            self._samples.append((time.perf_counter(), watts))
 
 
 def _bus_id(ordinal: int) -> bytes:

@@ -22,11 +22,14 @@ _RATINGS = ((0.5, "dense"), (0.7, "good"), (0.9, "optimal"))  # below these; abo
 def as_bsr(op: str, matrix: Any, block_size: int | None = None) -> BSRMatrix:
     """A BSRMatrix of what it is: itself, a torch tensor of any layout, a sparse matrix of scipy, an array.
 
-    ``block_size``: None for that of the blocks it has, or ``get_optimal_block_size`` of the matrix."""
-    if isinstance(matrix, BSRMatrix) and block_size in (None, matrix.block_size):
-        return matrix
+    ``block_size``: None for that of the blocks it has, or ``get_optimal_block_size`` of the matrix. Blocks of another
+    size are made without those that hold zeros alone."""
     if isinstance(matrix, BSRMatrix):
-        return BSRMatrix.from_csr(matrix.to_torch("csr"), check_block(op, block_size))
+        side, block = matrix.block_size, check_block(op, matrix.block_size if block_size is None else block_size)
+        if block > side:
+            merged = matrix.structure.merged(block // side)
+            return BSRMatrix.of(merged.values(matrix.values), merged.structure)
+        return matrix if block == side else BSRMatrix.of(*convert.split(matrix.values, matrix.structure, block))
     of: Any = BSRMatrix.from_scipy
     if not convert.is_scipy(matrix):
         of, matrix = BSRMatrix.from_torch, convert.as_tensor(op, "matrix", matrix)
@@ -34,7 +37,9 @@ def as_bsr(op: str, matrix: Any, block_size: int | None = None) -> BSRMatrix:
     if block_size is None and (sides is None or sides[0] != sides[1] or sides[0] not in BLOCKS):
         block_size = get_optimal_block_size(matrix)
     made: BSRMatrix = of(matrix, block_size)
-    return made
+    if sides == (made.block_size,) * 2 or (isinstance(matrix, torch.Tensor) and matrix.layout == torch.strided):
+        return made
+    return BSRMatrix.of(*convert.split(made.values, made.structure, made.block_size))
 
 
 def _sides(matrix: Any) -> tuple[int, ...] | None:
@@ -89,9 +94,12 @@ def get_optimal_block_size(
     if isinstance(matrix, Sequence):
         least = min(check_shape("get_optimal_block_size", matrix))
         return 32 if least <= _SMALL else 64 if least <= _MEDIUM else 128
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
+        raise ValueError(f"get_optimal_block_size: n: expected 0 or more columns, got {n!r}")
+    there = None if device is None else breakeven.usable("get_optimal_block_size", device)
     whole = _smallest("get_optimal_block_size", matrix)
     kind = whole.dtype if dtype is None else dtype
-    rates = breakeven.rates_of(torch.device(device) if device is not None else whole.device, kind)
+    rates = breakeven.rates_of(there or whole.device, kind)
     columns = whole.shape[1] if n is None else n
     times = {}
     for block in BLOCKS:

@@ -14,6 +14,7 @@ blocks of 128 that is a share of stored blocks up to ``stored_tflops / dense_tfl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,11 +38,11 @@ class Rates:
 
 _UNBOUNDED = dict.fromkeys(BLOCKS, 1e9)
 
-# The one place where these numbers stand. Keys: "sm_90" and so on (the newest that is not newer than the device), and
-# "cpu" with a dtype. How to measure them, with `kvcomp bench bsr` at 8192³: dense_tflops is 2·m·n·k / time of "torch
-# dense"; stored_tflops the useful TFLOPS of kvcomp's sparse cells at clustered or banded blocks (few empty places in a
-# step); step_tflops those of uniform ones at 78 % empty, times steps · (128 / block) / blocks (1 for 128, 1.78 for 64,
-# 2.86 for 32, 3.92 for 16).
+# The one place where these numbers stand. Keys: "sm_90" (Hopper alone, whose kernel is its own), "sm_80" (every other
+# GPU) and "cpu" with a dtype. How to measure them, with `kvcomp bench bsr` at 8192³: dense_tflops is 2·m·n·k / time of
+# "torch dense"; stored_tflops the useful TFLOPS of kvcomp's sparse cells at clustered or banded blocks (few empty
+# places in a step); step_tflops those of uniform ones at 78 % empty, times steps · (128 / block) / blocks (1 for 128,
+# 1.78 for 64, 2.86 for 32, 3.92 for 16).
 RATES: dict[str, Rates] = {
     "sm_90": Rates(
         dense_tflops=780.0,
@@ -95,9 +96,18 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """The table's line for a device."""
     if device.type != "cuda":
         return RATES.get(f"cpu {str(dtype).removeprefix('torch.')}", RATES["cpu float32"])
-    major, minor = torch.cuda.get_device_capability(device)
-    known = [name for name in RATES if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
-    return RATES[max(known, default="sm_80", key=lambda name: int(name[3:]))]
+    return RATES["sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"]
+
+
+def usable(op: str, device: Any) -> torch.device:
+    """ValueError for a device that is not there."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or (found.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"{op}: device: expected one that torch can use, got {device}")
+    return found
 
 
 def sparse_us(rates: Rates, shape: tuple[int, int], block: int, count: int, steps: int, n: int, itemsize: int) -> float:
@@ -123,11 +133,8 @@ def break_even(block_size: int, device: torch.device | str | None = None, dtype:
     With a chance d for each block, a tile of S = 128 / block rows of blocks takes 1 - (1 - d)^S of the columns.
     ``device``: None for the GPU where there is one; ValueError for one that is not there."""
     check_block("break_even", block_size)
-    there = torch.cuda.is_available()
-    device = torch.device(device if device is not None else "cuda" if there else "cpu")
-    if device.type == "cuda" and not there:
-        raise ValueError(f"break_even: device: expected one that torch can use, got {device}")
-    rates = rates_of(device, dtype)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    rates = rates_of(usable("break_even", best if device is None else device), dtype)
     side = _TILE // block_size
     low, high = 0.0, 1.0
     for _ in range(40):

@@ -80,6 +80,19 @@ def of_elements(
     return values.view(-1, block, block), _sorted_structure(places // columns, places % columns, shape, block)
 
 
+def split(values: torch.Tensor, structure: Structure, block: int) -> tuple[torch.Tensor, Structure]:
+    """In blocks of a side that divides theirs, those that hold more than zeros; differentiable."""
+    f, (m, k) = structure.block // block, structure.shape
+    rows, columns = -(-m // block), -(-k // block)
+    parts = values.view(-1, f, block, f, block).transpose(2, 3)
+    number, down, across = (parts != 0).any(4).any(3).nonzero(as_tuple=True)
+    row, column = structure.rows[number] * f + down, structure.columns[number] * f + across
+    order = torch.argsort(row * columns + column)
+    order = order[((row < rows) & (column < columns))[order]]
+    made = _sorted_structure(row[order], column[order], (m, k), block)
+    return parts[number[order], down[order], across[order]], made
+
+
 def to_elements(values: torch.Tensor, structure: Structure) -> Indices:
     """CSR of every stored element, zeros among them: row pointers and columns (int64), elements; columns rise."""
     block, (m, k) = structure.block, structure.shape

@@ -12,6 +12,8 @@ from .matrix import BSRMatrix
 from .patterns import random_structure
 from .structure import Structure, check_block, said
 
+_STATE = ("values", "bias", "row_ptr", "col_idx")
+
 
 class BlockSparseLinear(nn.Module):
     """y = x Wᵀ + bias, W (out_features, in_features) block-sparse: ``values`` is the parameter, which blocks are stored
@@ -19,7 +21,7 @@ class BlockSparseLinear(nn.Module):
 
     The state holds values, bias and indices; loading one with as many blocks in other places changes the pattern. For
     every x the layer takes the stored blocks, or a dense weight that it makes on the spot, as ``breakeven`` expects to
-    be faster. It works under torch.compile.
+    be faster, and joins no blocks into larger ones. It works under torch.compile.
     """
 
     values: nn.Parameter
@@ -44,6 +46,8 @@ class BlockSparseLinear(nn.Module):
         """Blocks at the places of ``random_bsr``; values and bias uniform as nn.Linear's, for as many inputs as a row
         has on average."""
         dtype = dtype or torch.get_default_dtype()
+        if dtype not in convert.DTYPES:
+            raise TypeError(f"BlockSparseLinear: dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
         structure = random_structure((out_features, in_features), block_size, sparsity, pattern, seed).to(device)
         bound = max(in_features * structure.density, 1) ** -0.5
         values = torch.empty(structure.count, *[structure.block] * 2, device=device, dtype=dtype)
@@ -79,8 +83,9 @@ class BlockSparseLinear(nn.Module):
         self.block_size = weight.block_size
         self.values = nn.Parameter(weight.values.detach())
         self.bias = None if bias is None else nn.Parameter(bias.to(weight.device, weight.dtype))
-        self.register_buffer("row_ptr", weight.row_ptr)
-        self.register_buffer("col_idx", weight.col_idx)
+        # Its own indices: W's must not change when a state is loaded.
+        self.register_buffer("row_ptr", weight.row_ptr.clone())
+        self.register_buffer("col_idx", weight.col_idx.clone())
         self._plan(weight.structure)
 
     def _plan(self, structure: Structure) -> None:
@@ -89,21 +94,39 @@ class BlockSparseLinear(nn.Module):
         self.register_buffer("plan_transposed", structure.plan(True).words, persistent=False)
         self.steps = plan.steps
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Indices are looked at before anything of this layer is loaded, and plans made of them."""
-        row_ptr, col_idx = (state_dict.get(prefix + name) for name in ("row_ptr", "col_idx"))
-        structure = None
-        if isinstance(row_ptr, torch.Tensor) and isinstance(col_idx, torch.Tensor):
-            shape = (self.out_features, self.in_features)
-            try:
-                structure = Structure.checked("BlockSparseLinear", row_ptr, col_idx, shape, self.block_size)
-            except (ValueError, TypeError) as reason:
-                errors: list[str] = rest[-1]
-                errors.append(f"{prefix}: {reason}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call,unused-ignore]
-        if structure is not None and structure.count == len(self.values):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """A state that does not fit is refused before anything of this layer is loaded; plans follow the indices."""
+        try:
+            structure = self._offered({name: state_dict.get(prefix + name) for name in _STATE})
+        except (ValueError, TypeError) as reason:
+            errors: list[str] = rest[-1]
+            errors.append(f"{prefix}: {reason}")
+            return
+        # Not into the indices of a matrix that ``weight`` has given, nor those of the state by ``assign``.
+        self._own_indices()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call,unused-ignore]
+        if structure is not None:
+            self._own_indices()
             self._plan(structure.to(self.values.device))
+
+    def _own_indices(self) -> None:
+        self.row_ptr, self.col_idx = self.row_ptr.clone(), self.col_idx.clone()
+
+    def _offered(self, state: dict[str, Any]) -> Structure | None:
+        """What a state's indices say, None for one without; ValueError, TypeError for parts of other shapes."""
+        for name, tensor in state.items():
+            own = getattr(self, name)
+            if isinstance(tensor, torch.Tensor) and own is not None and tensor.shape != own.shape:
+                raise ValueError(f"BlockSparseLinear: {name}: expected {tuple(own.shape)}, got {said(tensor)}")
+        row_ptr, col_idx = state["row_ptr"], state["col_idx"]
+        if row_ptr is None and col_idx is None:
+            return None
+        if row_ptr is None or col_idx is None:
+            raise ValueError("BlockSparseLinear: row_ptr, col_idx: expected both or neither, got one of them")
+        shape = (self.out_features, self.in_features)
+        return Structure.checked("BlockSparseLinear", row_ptr, col_idx, shape, self.block_size)
 
     def weight(self) -> BSRMatrix:
         """W over the layer's own values; its indices are checked again."""
@@ -117,7 +140,7 @@ class BlockSparseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-        if x.shape[-1] != self.in_features or x.dtype != values.dtype:
+        if x.ndim == 0 or x.shape[-1] != self.in_features or x.dtype != values.dtype:
             raise ValueError(
                 f"BlockSparseLinear: x: expected (..., {self.in_features}) of {values.dtype}, got {said(x)}"
             )

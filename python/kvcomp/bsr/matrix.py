@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from . import convert
+from .kept import Kept, capturing
 from .structure import BLOCKS, Structure, check_block, said
 
 Layout = Literal["bsr", "csr"]
@@ -24,7 +25,7 @@ class BSRMatrix:
     finite and takes no part. The tensors are kept as they are, not copied; this is torch's own layout of BSR tensors.
     """
 
-    __slots__ = ("_kept", "structure", "values")
+    __slots__ = ("_kept", "_values", "structure")
 
     def __init__(
         self, values: torch.Tensor, row_ptr: torch.Tensor, col_idx: torch.Tensor, shape: tuple[int, int]
@@ -37,22 +38,38 @@ class BSRMatrix:
         self._take(values, structure)
 
     def _take(self, values: torch.Tensor, structure: Structure) -> None:
-        want = (structure.count, structure.block, structure.block)
-        if tuple(values.shape) != want or values.device != structure.device:
-            raise ValueError(
-                f"bsr: values: expected {want} on {structure.device} as the indices say, got {said(values)}"
-            )
-        self.values, self.structure = values.contiguous(), structure
-        self._kept: dict[int, tuple[tuple[int, int], Any]] = {}
+        self.structure = structure
+        self.values = values
 
     @classmethod
     def of(cls, values: torch.Tensor, structure: Structure) -> BSRMatrix:
         """From a structure that has been checked: no index is looked at again."""
         made = cls.__new__(cls)
-        made._take(convert.check_values("bsr", "values", values), structure)
+        made._take(values, structure)
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle: without what is kept."""
+        return BSRMatrix.of, (self.values, self.structure)
+
     # ---- facts
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(blocks, block, block); may be set to others of the same shape on the same device."""
+        return self._values
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        structure = self.structure
+        want = (structure.count, structure.block, structure.block)
+        values = convert.check_values("bsr", "values", values)
+        if tuple(values.shape) != want or values.device != structure.device:
+            raise ValueError(
+                f"bsr: values: expected {want} on {structure.device} as the indices say, got {said(values)}"
+            )
+        self._values = values.contiguous()
+        self._kept: dict[int, Kept] = {}
 
     @property
     def row_ptr(self) -> torch.Tensor:
@@ -101,7 +118,7 @@ class BSRMatrix:
     @property
     def kept_nbytes(self) -> int:
         """Of the copies that ``dense`` and ``joined`` keep: values alone."""
-        return sum((copy if factor == _DENSE else copy.values).nbytes for factor, (_, copy) in self._kept.items())
+        return sum(_memory(kept.copy).nbytes for kept in self._kept.values())
 
     def __repr__(self) -> str:
         m, k = self.shape
@@ -232,7 +249,9 @@ class BSRMatrix:
     def dense(self) -> torch.Tensor:
         """(m, k), kept for the next call until the values change: what products take where dense is faster.
 
-        Changes that torch counts are seen: in place, by an optimizer, another tensor in ``values``."""
+        Changes that torch counts are seen: in place, by an optimizer, another tensor in ``values``. Of tensors of
+        inference mode, whose changes are not counted, nothing is kept; nor in the capture of a CUDA graph, in which
+        the copy is made at every replay, of the values then."""
         dense: torch.Tensor = self._keep(_DENSE, self.to_dense)
         return dense
 
@@ -245,11 +264,14 @@ class BSRMatrix:
         return matrix
 
     def _keep(self, factor: int, make: Callable[[], Any]) -> Any:
-        key = (self.values.data_ptr(), 0 if self.values.is_inference() else self.values._version)
-        if factor not in self._kept or self._kept[factor][0] != key:
-            with torch.no_grad():
-                self._kept[factor] = key, make()
-        return self._kept[factor][1]
+        with torch.inference_mode(False), torch.no_grad():
+            if self.values.is_inference() or capturing(self.device):
+                return make()
+            kept = self._kept.get(factor)
+            if kept is None or not kept.follows(self.values):
+                kept = self._kept[factor] = Kept(self.values, make())
+            kept.ready(_memory(kept.copy))
+            return kept.copy
 
     def forget(self, keep: int | None = None) -> None:
         """Drops what ``dense`` (0) and ``joined`` (its factor) keep, but for one of them."""
@@ -265,3 +287,7 @@ class BSRMatrix:
 
     def __matmul__(self, b: torch.Tensor) -> torch.Tensor:
         return self.matmul(b)
+
+
+def _memory(copy: torch.Tensor | BSRMatrix) -> torch.Tensor:
+    return copy if isinstance(copy, torch.Tensor) else copy.values

@@ -5,7 +5,7 @@ Ways: the stored blocks as they are; joined into larger ones (CUDA); dense, of w
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ METHODS = ("auto", "sparse", "dense")
 # What the core multiplies; float32 on the CPU only. Anything else is multiplied dense.
 _CORE = (torch.float16, torch.bfloat16)
 _OUT = (torch.float16, torch.bfloat16, torch.float32)
+_LARGEST = torch.finfo(torch.float32).max  # that beta may be
 _ALIGNED = 16  # bytes: rows of CUDA tensors that TMA reads
 _HEAD_WORDS, _TILE_WORDS, _TILE_ROWS = 16, 4, 128  # bsr.h: kvc_bsr_coordinates
 
@@ -37,10 +38,12 @@ def matmul(
 ) -> torch.Tensor:
     """C = A·B (+ beta·out), or Aᵀ·B with ``transpose``; b: (k, n), (m, n), or a vector; sums in float32.
 
-    ``out``: written and returned; ``out_dtype``: float16, bfloat16 or float32 (default: that of b). ``method``: "auto"
-    takes what ``breakeven`` expects to be faster, and keeps what that needs (joined blocks or a dense copy, see
-    ``BSRMatrix.nbytes``); the first product of a matrix makes a plan on the CPU. Gradients flow to the values and to b.
-    ValueError, TypeError: one sentence; nothing is written then."""
+    ``out``: written and returned; between its first element and its last lies nothing of b or the values (columns of
+    one tensor are refused). ``out_dtype``: float16, bfloat16 or float32 (default: that of b). ``method``: "auto" takes
+    what ``breakeven`` expects to be faster, and keeps what that needs (joined blocks or a dense copy, see
+    ``BSRMatrix.kept_nbytes``). The first product of a matrix makes a plan on the CPU; it has to come before the capture
+    of a CUDA graph (else RuntimeError). Gradients flow to the values and to b. ValueError, TypeError: one sentence;
+    nothing is written then."""
     if not isinstance(a, BSRMatrix):
         raise TypeError(f"matmul: a: expected a BSRMatrix, got {said(a)}")
     if not isinstance(b, torch.Tensor) or b.layout != torch.strided or b.ndim not in (1, 2):
@@ -55,7 +58,7 @@ def matmul(
     shape = (rows, *b.shape[1:])
     dtype = _result_dtype(a, b, shape, out, out_dtype)
     needs_grad = torch.is_grad_enabled() and (a.values.requires_grad or b.requires_grad)
-    if not math.isfinite(beta) or (out is None and beta != 0):
+    if not isinstance(beta, Real) or not abs(beta) <= _LARGEST or (out is None and beta != 0):
         raise ValueError(f"matmul: beta: expected {'0 without out' if out is None else 'a number'}, got {beta!r}")
     if out is not None and (needs_grad or (torch.is_grad_enabled() and out.requires_grad)):
         raise ValueError("matmul: out: expected none where gradients are needed, got one (torch.no_grad() allows it)")
@@ -90,6 +93,8 @@ def _result_dtype(
             raise ValueError(f"matmul: out: expected {shape} on {a.device}, got {said(out)}")
         if asked not in (None, out.dtype):
             raise ValueError(f"matmul: out_dtype: expected {out.dtype} as out, got {asked}")
+        if _folded(out):
+            raise ValueError(f"matmul: out: expected memory of its own for each element, got strides {out.stride()}")
         if any(_overlap(out, other) for other in (b, a.values)):
             raise ValueError("matmul: out: expected memory apart from b and the values, got some of theirs")
         asked = out.dtype
@@ -109,6 +114,16 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
         for part in (one, other)
     ]
     return one.data_ptr() < ends[1] and other.data_ptr() < ends[0]
+
+
+def _folded(out: torch.Tensor) -> bool:
+    """Whether elements may share memory: a step that does not reach beyond all smaller ones."""
+    reach = 0
+    for step, n in sorted(zip(out.stride(), out.shape, strict=True)):
+        if n > 1 and step <= reach and out.numel():
+            return True
+        reach += step * (n - 1)
+    return False
 
 
 def in_core(dtype: torch.dtype, device: torch.device) -> bool:
@@ -198,15 +213,33 @@ def _dense_product(
     beta: float = 0.0,
 ) -> torch.Tensor:
     left = dense.T if transpose else dense
-    if out is not None and dtype == b.dtype:
-        return torch.addmm(out, left, b, beta=beta, out=out) if beta else torch.mm(left, b, out=out)
     if dtype == b.dtype:
-        found = left @ b
-    elif b.device.type == "cuda" and b.dtype in _CORE:
-        found = torch.mm(left, b, out_dtype=torch.float32).to(dtype)
+        if out is None:
+            return left @ b
+        return torch.addmm(out, left, b, beta=beta, out=out) if beta else torch.mm(left, b, out=out)
+    if b.device.type == "cuda" and b.dtype in _CORE:
+        found: torch.Tensor = _Widened.apply(left, b)  # type: ignore[no-untyped-call,unused-ignore]
     else:
-        found = (left.float() @ b.float()).to(dtype)
-    return found if out is None else out.copy_(found.add_(out, alpha=beta) if beta else found)
+        found = left.float() @ b.float()
+    if out is None:
+        return found.to(dtype)
+    # Rounded once, with what is added.
+    return out.copy_(found.add_(out, alpha=beta) if beta else found)
+
+
+class _Widened(torch.autograd.Function):
+    """left·b of 16-bit matrices in float32 (CUDA), of which torch knows no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left, b)
+        return torch.mm(left, b, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        left, b = ctx.saved_tensors
+        grad = grads[0].to(b.dtype)
+        return grad @ b.T if ctx.needs_input_grad[0] else None, left.T @ grad if ctx.needs_input_grad[1] else None
 
 
 # ---- torch's operators

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import convert
 from .matrix import BSRMatrix
 from .structure import Structure, check_block, check_shape, pointers
 
@@ -71,6 +73,8 @@ def block_mask(grid: tuple[int, int], sparsity: float, pattern: str, seed: int) 
         raise ValueError(f"random_bsr: pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     if not 0 <= sparsity <= 1:
         raise ValueError(f"random_bsr: sparsity: expected a fraction of empty blocks in [0, 1], got {sparsity!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"random_bsr: seed: expected an integer in [0, 2**64), got {seed!r}")
     rng = np.random.default_rng(seed)
     count = round((1 - sparsity) * grid[0] * grid[1])
     if pattern == "power_law":
@@ -124,6 +128,10 @@ def random_bsr(
     ``sliding_window``, the nearest columns up to the diagonal; ``causal``, uniform up to the diagonal; ``power_law``,
     row lengths as 1/rank; ``clustered``, squares of 4 × 4 blocks. The places depend on shape, pattern and seed alone,
     the values on the device, too."""
+    if dtype not in convert.DTYPES:
+        raise TypeError(f"random_bsr: dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"random_bsr: scale: expected 0 or more, got {scale!r}")
     structure = random_structure((m, k), block_size, sparsity, pattern, seed, index_dtype).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     values = torch.empty(structure.count, *[structure.block] * 2, dtype=dtype, device=device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import _C
+from .kept import capturing
 
 # Sides of the square blocks that the operation multiplies.
 BLOCKS = (16, 32, 64, 128)
@@ -25,7 +29,7 @@ def check_block(op: str, block: object) -> int:
 def check_shape(op: str, shape: Any) -> tuple[int, int]:
     """(m, k), both int of 0 or more."""
     try:
-        m, k = (int(side) for side in shape)
+        m, k = (-1 if isinstance(side, bool) else operator.index(side) for side in shape)
     except (TypeError, ValueError):
         m = k = -1
     if m < 0 or k < 0:
@@ -70,6 +74,8 @@ class Structure:
                 raise TypeError(f"{op}: {name}: expected a tensor of int32 or int64, got {said(tensor)}")
         if row_ptr.device != col_idx.device:
             raise ValueError(f"{op}: col_idx: expected {row_ptr.device} as row_ptr, got {col_idx.device}")
+        if row_ptr.device.type == "meta":
+            raise ValueError(f"{op}: row_ptr: expected indices that can be read, got {said(row_ptr)}")
         found = cls(row_ptr.contiguous(), col_idx.contiguous(), shape, block)
         _C.bsr_check(*found.host, *shape, block)
         return found
@@ -100,38 +106,55 @@ class Structure:
         """row_ptr and col_idx on the CPU, where plans are made."""
         return self.row_ptr.cpu(), self.col_idx.cpu()
 
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Around whatever is made once and kept: ordinary tensors in inference mode, too, done before any stream
+        reads them. RuntimeError in the capture of a CUDA graph, where nothing is computed."""
+        if capturing(self.device):
+            raise RuntimeError(
+                "bsr: CUDA graph: expected a product of the same kind before the capture, to make its plan, got none"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     @cached_property
     def rows(self) -> torch.Tensor:
         """(blocks) int64: the row of blocks that each stored block lies in."""
-        numbers = torch.arange(self.grid[0], device=self.device)
-        return torch.repeat_interleave(numbers, self.row_ptr.diff().long(), output_size=self.count)
+        with self._making():
+            numbers = torch.arange(self.grid[0], device=self.device)
+            return torch.repeat_interleave(numbers, self.row_ptr.diff().long(), output_size=self.count)
 
     @cached_property
     def columns(self) -> torch.Tensor:
         """(blocks) int64: col_idx as torch's own indexing wants it."""
-        return self.col_idx.long()
+        with self._making():
+            return self.col_idx.clone().long() if self.col_idx.is_inference() else self.col_idx.long()
 
     def plan(self, transpose: bool) -> Plan:
         """For products with the matrix or with its transpose; made once."""
         if transpose not in self._plans:
-            words = torch.empty(
-                _C.bsr_plan_words(*self.shape, self.block, self.count, int(transpose)), dtype=torch.int32
-            )
-            used = _C.bsr_plan(words, *self.host, *self.shape, self.block, int(transpose))
-            # A copy: of what was room for the worst case, the plan is a small part.
-            words = words[:used].clone()
-            self._plans[transpose] = Plan(words.to(self.device), int(words[_STEPS_WORD]))
+            with self._making():
+                words = torch.empty(
+                    _C.bsr_plan_words(*self.shape, self.block, self.count, int(transpose)), dtype=torch.int32
+                )
+                used = _C.bsr_plan(words, *self.host, *self.shape, self.block, int(transpose))
+                # A copy: of what was room for the worst case, the plan is a small part.
+                words = words[:used].clone()
+                self._plans[transpose] = Plan(words.to(self.device), int(words[_STEPS_WORD]))
         return self._plans[transpose]
 
     def merged(self, factor: int) -> Merged:
         """The structure of blocks ``factor`` (2, 4, 8; at most 128 in the end) times as large; made once."""
         if factor not in self._merged:
-            row_ptr = torch.empty(-(-self.shape[0] // (factor * self.block)) + 1, dtype=torch.int64)
-            col_idx, place = (torch.empty(self.count, dtype=torch.int64) for _ in range(2))
-            count = _C.bsr_merge(row_ptr, col_idx, place, *self.host, *self.shape, self.block, factor)
-            row_ptr, col_idx = (part.to(self.device, torch.int32) for part in (row_ptr, col_idx[:count]))
-            larger = Structure(row_ptr, col_idx, self.shape, factor * self.block)
-            self._merged[factor] = Merged(larger, place.to(self.device), factor)
+            with self._making():
+                row_ptr = torch.empty(-(-self.shape[0] // (factor * self.block)) + 1, dtype=torch.int64)
+                col_idx, place = (torch.empty(self.count, dtype=torch.int64) for _ in range(2))
+                count = _C.bsr_merge(row_ptr, col_idx, place, *self.host, *self.shape, self.block, factor)
+                row_ptr, col_idx = (part.to(self.device, torch.int32) for part in (row_ptr, col_idx[:count]))
+                larger = Structure(row_ptr, col_idx, self.shape, factor * self.block)
+                self._merged[factor] = Merged(larger, place.to(self.device), factor)
         return self._merged[factor]
 
     def in_blocks_of(self, block: int) -> Structure:
@@ -141,10 +164,11 @@ class Structure:
     @cached_property
     def transposed(self) -> tuple[Structure, torch.Tensor]:
         """The structure of the transposed matrix, and (blocks) int64: which block of this one stands at each place."""
-        order = torch.argsort(self.columns, stable=True)
-        row_ptr = pointers(self.columns, self.grid[1], self.row_ptr.dtype)
-        m, k = self.shape
-        return Structure(row_ptr, self.rows[order].to(self.col_idx.dtype), (k, m), self.block), order
+        columns, rows, (m, k) = self.columns, self.rows, self.shape
+        with self._making():
+            order = torch.argsort(columns, stable=True)
+            row_ptr = pointers(columns, self.grid[1], self.row_ptr.dtype)
+            return Structure(row_ptr, rows[order].to(self.col_idx.dtype), (k, m), self.block), order
 
     def to(self, device: torch.device | str) -> Structure:
         """This very one where it lies on the device already."""

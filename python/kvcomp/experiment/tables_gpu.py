@@ -1,10 +1,12 @@
-"""Tables of what was measured on a GPU: attend beside torch's attentions, decode beside transformers' caches."""
+"""Tables of what was measured on a GPU: attend beside torch's attentions, decode beside transformers' caches,
+append, pack and score beside what is asked of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..bench import goals
 from .report import NOTHING, Results, Row
 
 _NAMES = {4096: "4k", 32768: "32k", 131072: "128k"}
@@ -18,7 +20,9 @@ def attend_rows(found: Results) -> tuple[Row, list[Row]]:
     return _by_width(
         found,
         "µs",
-        lambda cell: f"{cell['median_us']:.1f}" + ("" if _met(cell) is None else _target(cell)),
+        lambda cell: (
+            f"{cell['median_us']:.1f}" + (f" ({said})" if (said := goals.verdict(cell, prototype=False)) else "")
+        ),
         lambda cell: f"{cell['median_us']:.1f} ({_short(cell['impl'])})",
     )
 
@@ -38,20 +42,42 @@ def rate_rows(found: Results) -> tuple[Row, list[Row]]:
     return _by_width(found, "GB/s (of the read rate)", _rate, _rate)
 
 
+def part_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same cells one by one: what has to be read, how long that takes at the read rate of the cell's run, the whole
+    step's time a layer with the division's share of it, and what was asked for."""
+    rows: list[Row] = []
+    for cell in found["cells"]:
+        if cell["impl"] == "kvcomp" and _is_usual(cell["case"]):
+            rows.append((
+                _where(cell["case"]),
+                str(cell["case"]["k_bits"]),
+                f"{cell['bytes'] / 1e6:.1f} MB",
+                f"{cell['floor_us']:.1f}",
+                f"{cell['median_us']:.1f}",
+                f"{cell['divide_us']:.2f}",
+                _rate(cell),
+                goals.verdict(cell) or NOTHING,
+                _error(cell),
+            ))  # fmt: skip
+    header = ("", "bits", "read", "µs at the read rate", "µs", "of them dividing", "GB/s (of the read rate)",
+              "target (µs)", "error")  # fmt: skip
+    return header, rows
+
+
 def more_rows(found: Results) -> tuple[Row, list[Row]]:
     """Mixed pages, and other shapes, layouts and numbers of new tokens."""
     rows: list[Row] = []
     for cell in found["cells"]:
         if cell["impl"] != "kvcomp" or _is_usual(cell["case"]):
             continue
-        uniform = cell.get("times_uniform")
+        uniform, said = cell.get("times_uniform"), goals.verdict(cell)
         rows.append((
             _case(cell["case"]),
             _bits(cell["case"]),
             f"{cell['median_us']:.1f}",
             _rate(cell),
             f"{cell['times_torch']:.2f}×" if "times_torch" in cell else NOTHING,
-            NOTHING if uniform is None else f"{uniform:.3f} (at most {cell['target_ratio']:g})",
+            NOTHING if uniform is None else f"{uniform:.3f} ({said})",
             _error(cell),
         ))  # fmt: skip
     header = ("", "K / V bits", "µs", "GB/s (of the read rate)", "faster than torch's best",
@@ -73,21 +99,71 @@ def rival_rows(found: Results) -> tuple[Row, list[Row]]:
 
 
 def ceiling_rows(found: Results) -> tuple[Row, list[Row]]:
-    """What reading alone reaches in that run, and what one call from Python costs."""
+    """What reading alone reaches in the last run, and what one call from Python costs."""
+    ceilings = [cell for cell in found["cells"] if cell.get("role") == "ceiling"]
+    last = max((cell["run"] for cell in ceilings), default=0)
     rows: list[Row] = [
         (f"{cell['impl']}, {cell['bytes'] / 1e9:.1f} GB", f"{cell['gb_per_s']:.0f} GB/s")
-        for cell in found["cells"]
-        if cell.get("role") == "ceiling"
+        for cell in ceilings
+        if cell["run"] == last
     ]
+    cost = found.get("call_cost", {})
     for name, label in (
         ("host_us", "a call of attend from Python"),
         ("host_without_division_us", "the same, dividing by itself"),
         ("torch_add_us", "a call of torch.add, for comparison"),
         ("kernel_us", "attend's kernel over one page"),
     ):
-        if name in found.get("call_cost", {}):
-            rows.append((label, f"{found['call_cost'][name]:.2f} µs"))
+        if name in cost:
+            asked = {"median_us": cost[name], "target_us": cost["target_us"]} if name == "host_us" else {}
+            said = goals.verdict(asked)
+            rows.append((label, f"{cost[name]:.2f} µs" + (f" ({said})" if said else "")))
     return ("", "measured"), rows
+
+
+def append_rows(found: Results) -> tuple[Row, list[Row]]:
+    """A layer's launch by what the step has to do, lists in step or staggered."""
+    rows: list[Row] = [
+        (
+            f"{cell['case']['step']}, {cell['case']['lists']}",
+            str(cell["case"]["k_bits"]),
+            f"{cell['median_us']:.2f}",
+            goals.verdict(cell) or NOTHING,
+        )
+        for cell in found["cells"]
+    ]
+    return ("append", "bits", "µs a layer", "target (µs)"), rows
+
+
+def pack_rows(found: Results) -> tuple[Row, list[Row]]:
+    """Bytes read and written a second, beside copying in that run."""
+    rows: list[Row] = []
+    for cell in found["cells"]:
+        if cell.get("role") == "ceiling":
+            rows.append((cell["impl"], *[NOTHING] * 3, f"{cell['gb_per_s']:.0f}", NOTHING))
+            continue
+        case = cell["case"]
+        rate = f"{cell['gb_per_s']:.0f} ({100 * cell['fraction_of_copy']:.0f} %)"
+        name = f"{_length(case['s'])} tokens, {case['dtype']}, {case['scale']}"
+        rows.append((
+            name, str(case["bits"]), f"{cell['median_us']:.1f}", f"{cell['bytes'] / 1e6:.1f} MB", rate,
+            goals.verdict(cell) or NOTHING,
+        ))  # fmt: skip
+    return ("pack", "bits", "µs", "read and written", "GB/s (of copying)", "target (of copying)"), rows
+
+
+def score_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The importance of a prompt's tokens: executed operations of both passes a second."""
+    rows: list[Row] = [
+        (
+            f"{cell['case']['window']} queries, {_length(cell['case']['tokens'])} tokens",
+            f"{cell['median_us']:.1f}",
+            f"{cell['tflops_executed']:.0f}",
+            goals.verdict(cell) or NOTHING,
+        )
+        for cell in found["cells"]
+    ]
+    return ("score", "µs", "TFLOP/s executed", "target (TFLOP/s)"), rows
 
 
 def decode_rows(found: Results) -> tuple[Row, list[Row]]:
@@ -224,14 +300,6 @@ def _short(impl: str) -> str:
     return impl.removeprefix("torch sdpa ").removeprefix("torch ").split(",")[0]
 
 
-def _met(cell: Results) -> bool | None:
-    return None if "target_us" not in cell else bool(cell["median_us"] <= cell["target_us"])
-
-
-def _target(cell: Results) -> str:
-    return f" (≤ {cell['target_us']:g}{'' if _met(cell) else ', missed'})"
-
-
 def _rate(cell: Results) -> str:
     return f"{cell['gb_per_s']:.0f} ({100 * cell['fraction_of_peak']:.0f} %)"
 
@@ -244,9 +312,13 @@ ROWS = {
     "attend_gpu": attend_rows,
     "attend_gpu_gain": gain_rows,
     "attend_gpu_rates": rate_rows,
+    "attend_gpu_parts": part_rows,
     "attend_gpu_more": more_rows,
     "attend_gpu_rivals": rival_rows,
     "attend_gpu_ceilings": ceiling_rows,
+    "append": append_rows,
+    "pack": pack_rows,
+    "score": score_rows,
     "decode": decode_rows,
     "decode_shares": share_rows,
 }

@@ -1,5 +1,7 @@
 """The operations on packed layers, as torch.library knows them, so that torch.compile fuses the rest of a model around
-them: ``kvcomp::append_attend``, which is what decode steps do, ``kvcomp::append`` and ``kvcomp::attend``.
+them: ``kvcomp::append_attend``, which is what decode steps do, ``kvcomp::append`` and ``kvcomp::attend``; and those on
+tensors alone (``divide``, ``score``, ``norms``, ``select``, ``accumulate``, ``pack``), which write to what they are
+given and take the arguments of ``_C``; shapes and units stand in the core's headers.
 
 A packed layer is named by a tensor that holds its number: as a tensor it is an input of compiled code, which all layers
 of a model then share (a number would be compiled in); and as one that is written to, since what it names is.
@@ -7,9 +9,12 @@ of a model then share (a number would be compiled in); and as one that is writte
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from .. import _C
 
 _numbers = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -81,3 +86,105 @@ def attend(queries: torch.Tensor, layer: torch.Tensor, scale: float, softcap: fl
 @attend.register_fake
 def _(queries: torch.Tensor, layer: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
     return queries.new_empty(queries.shape)
+
+
+# ---- on tensors alone
+
+
+def _layout(layout: Sequence[int]) -> tuple[int, int, int, int, int]:
+    head_dim, group, zero_point, half, scale_dtype = layout
+    return head_dim, group, zero_point, half, scale_dtype
+
+
+@torch.library.custom_op("kvcomp::divide", mutates_args=("divisions",))
+def divide(
+    divisions: torch.Tensor,
+    tables: torch.Tensor,
+    lists: torch.Tensor,
+    layout: Sequence[int],
+) -> None:
+    """The work of attention over all layers' lists, shared out by bytes."""
+    _C.divide(divisions, tables, lists, _layout(layout))
+
+
+@torch.library.custom_op("kvcomp::score", mutates_args=("importance", "workspace"))
+def score(
+    importance: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    first: torch.Tensor | None,
+    workspace: torch.Tensor,
+    scale: float,
+    softcap: float,
+    reduce: int,
+    pool_kind: int,
+    pool: int,
+) -> None:
+    """What a prompt's last queries attend to."""
+    _C.score(importance, queries, keys, first, workspace, scale, softcap, reduce, pool_kind, pool)
+
+
+@torch.library.custom_op("kvcomp::norms", mutates_args=("out",))
+def norms(
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    first: torch.Tensor | None,
+    centered: int,
+) -> None:
+    """L2 norms of rows."""
+    _C.norms(out, rows, first, centered)
+
+
+@torch.library.custom_op("kvcomp::select", mutates_args=("kept", "workspace"))
+def select(
+    kept: torch.Tensor,
+    importance: torch.Tensor | None,
+    keep: torch.Tensor,
+    first: torch.Tensor | None,
+    workspace: torch.Tensor,
+    sinks: int,
+    window: int,
+) -> None:
+    """The most important tokens of every list."""
+    _C.select(kept, importance, keep, first, workspace, sinks, window)
+
+
+@torch.library.custom_op("kvcomp::accumulate", mutates_args=("worth",))
+def accumulate(
+    worth: torch.Tensor,
+    mass: torch.Tensor,
+    table: torch.Tensor,
+    lists: torch.Tensor,
+    keep: float,
+    gain: float,
+) -> None:
+    """Attention mass onto what tokens were worth."""
+    _C.accumulate(worth, mass, table, lists, keep, gain)
+
+
+@torch.library.custom_op("kvcomp::pack", mutates_args=("arena",))
+def pack(
+    arena: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    lists: torch.Tensor,
+    start: torch.Tensor,
+    tokens: torch.Tensor,
+    layout: Sequence[int],
+    rotation: int,
+    scale: int,
+    stochastic: int,
+    layer: int,
+    seed: int,
+) -> None:
+    """Rows into packed pages of an arena that is a tensor."""
+    _C.pack(arena, keys, values, pages, lists, start, tokens, _layout(layout), rotation, scale, stochastic, layer, seed)
+
+
+def _written(*arguments: Any) -> None:
+    """What these give back of fake tensors: nothing."""
+
+
+for _op in (divide, score, norms, select, accumulate, pack):
+    _op.register_fake(_written)

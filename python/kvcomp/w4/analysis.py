@@ -56,7 +56,9 @@ def audit(path: str | None, asked: Sequence[Arm], device: torch.device, tell: Ca
     """A row for every configuration, each loaded alone: bytes that its tensors hold, and what the format alone says.
     Savings are of the whole model in 16 bits. A configuration that cannot run here is left out, and said."""
     made: list[Row] = []
+    model: Any = None
     for arm in asked:
+        model = None  # the last one's, before its bytes are taken for somebody else's
         _tidy(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         model, _ = arms.load(path, arm.dtype, device)
@@ -83,7 +85,6 @@ def audit(path: str | None, asked: Sequence[Arm], device: torch.device, tell: Ca
             else None,
         }
         made.append({name: row.get(name) for name in AUDIT})
-        del model
     return made
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from ..experiment import places
 from ..experiment.workload import no_bars
 from .fp8 import Fp8Linear, why_no_fp8
 from .matrix import Arm
-from .model import find_linears, linear_at, model_bytes, quantize_model, replace_module
+from .model import find_linears, hung_scales, linear_at, model_bytes, quantize_model, replace_module
 
+_SEEN = 16  # weights of a parameter that a digest is of
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,8 +37,19 @@ def load(path: str | None, dtype: str, device: torch.device) -> tuple[Any, str]:
     except Exception as reason:  # transformers, tokenizers and safetensors raise many kinds
         said = " ".join(str(reason).split())[:200]
         raise ValueError(f"--model: expected a transformers model, got {found} ({said})") from None
-    name = Path(found).name if Path(found).exists() else found
+    name = (Path(found).resolve().name if Path(found).exists() else "") or found
     return model.to(device).eval().requires_grad_(False), name
+
+
+def digest(model: Any) -> str:
+    """Sixteen digits that tell models of one name apart: of the configuration, and of the first weights of every
+    parameter. Of a model before it is quantized."""
+    said = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
+    found = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:_SEEN].float().cpu()
+        found.update(f"{name} {tuple(parameter.shape)} {first.tolist()}".encode())
+    return found.hexdigest()[:16]
 
 
 def prepare(model: Any, arm: Arm) -> dict[str, Any]:
@@ -95,8 +109,4 @@ def _nf4(linear: torch.nn.Linear, arm: Arm) -> torch.nn.Module:
 def _held(module: Any) -> list[torch.Tensor]:
     """The tensors that stand for a quantized layer's weight: all but its bias, bitsandbytes' scales among them."""
     parts = [part for name, part in (*module.named_parameters(), *module.named_buffers()) if name != "bias"]
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    while state is not None:
-        parts += [part for part in (state.absmax, getattr(state, "code", None)) if part is not None]
-        state = getattr(state, "state2", None)
-    return parts
+    return parts + hung_scales(module)

@@ -76,13 +76,18 @@ class W4Quantizer(HfQuantizer):  # type: ignore[misc]
                     linear.in_features, linear.out_features, config.group_size, config.scale_mbits,
                     linear.bias is not None, dtype=linear.weight.dtype,
                 )  # fmt: skip
+            layer.exponent = None  # until it is read, or found
             replace_module(model, name, layer)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> Any:
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if not isinstance(module, SharedScaleLinear):
+                continue
+            if module.exponent is None:
+                raise ValueError(f"W4Config: {name}._extra_state: expected in the checkpoint, got none")
             # Tensors of a mapped file lie where the file has them; kernels read 16 bytes at once.
-            if isinstance(module, SharedScaleLinear) and module.weight.data_ptr() % 16:
+            if module.weight.data_ptr() % 16:
                 module.weight = module.weight.clone()
         return model
 
@@ -96,13 +101,16 @@ class W4Quantizer(HfQuantizer):  # type: ignore[misc]
         return _Quantize(self.quantization_config)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """``dtype``: of the layers that come back; None: the model's own, so that it runs as it is."""
+        wanted = model.dtype if dtype is None else dtype
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, SharedScaleLinear):
                 continue
             with torch.device("meta"):
                 linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            linear.weight = torch.nn.Parameter(layer.dequantize(dtype or torch.float32), requires_grad=False)
-            linear.register_parameter("bias", layer.bias)
+            linear.weight = torch.nn.Parameter(layer.dequantize(wanted), requires_grad=False)
+            bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.to(wanted), requires_grad=False)
+            linear.register_parameter("bias", bias)
             replace_module(model, name, linear)
         return model
 

@@ -3,7 +3,10 @@ the rest of a model around it."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
+from typing import Any
 
 import torch
 
@@ -49,7 +52,11 @@ def linear(
     scale_bits: int,
     exponent: int,
 ) -> torch.Tensor:
-    """The same without torch's dispatcher, which adds about five microseconds to every call."""
+    """The same without torch's dispatcher, which adds about five microseconds to every call.
+
+    Recorded CUDA graphs may be replayed at the same time, on any streams, beside calls that are not recorded: every
+    recording has workspaces of its own, one for each of its streams. RuntimeError where a graph is being recorded
+    before any call on this device was made."""
     rows = x.reshape(-1, k)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -58,44 +65,99 @@ def linear(
     if x.is_cuda:
         workspace = _workspace(x.device.index)
         early = _early(packed)
+        if workspace is None:  # filled as a part of the graph, right before the kernel, which cannot start early then
+            workspace, early = x.new_full((_workspace_bytes(),), 0xFF, dtype=torch.uint8), 0
     _C.w4_matmul(out, rows, packed, bias, workspace, group, scale_bits, exponent, 0, early)
     return out.view(*x.shape[:-1], n)
 
 
-# Workspaces of kernels, by device and stream; none is ever given back, as a recorded graph may hold it. That of stream
-# None is for graphs that are recorded on a stream which has none of its own.
-_workspaces: dict[tuple[int, int | None], torch.Tensor] = {}
 _MOST_ROWS = 1 << 30  # what a workspace takes does not grow with rows for ever: it is made for any number at once
+_SPARES = 2
+_RELAXED, _ACTIVE = 2, 1  # CU_STREAM_CAPTURE_MODE_RELAXED, CU_STREAM_CAPTURE_STATUS_ACTIVE
+# Workspaces of kernels, by device and stream. Two kernels that run at the same time must not share one.
+_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+# Those of graphs, by device, recording and stream; none is ever given back, as the graph may be replayed. They are made
+# ahead: memory that is taken and filled while a graph is recorded is the graph's.
+_recorded: dict[tuple[int, int, int], torch.Tensor] = {}
+_spare: dict[int, list[torch.Tensor]] = {}
+_taking = threading.Lock()
 # Packed weights that kernels have read before: nothing the stream may still be doing writes those.
 _read: set[tuple[int, int]] = set()
 
 
-def _workspace(device: int) -> torch.Tensor:
-    """The current stream's, every byte 0xFF between calls. RuntimeError where a graph is being recorded before any call
-    on this device was made."""
+def _workspace(device: int) -> torch.Tensor | None:
+    """That of the current stream or, while it is recorded, of the recording's part on it; every byte 0xFF between
+    calls. None: a recording that found no spare one, as several were made one after the other without a call between.
+    RuntimeError where a graph is being recorded before any call on this device was made."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)  # a Stream takes ten times as long
+    if torch.cuda.is_current_stream_capturing():
+        return _of_recording(device, stream)
     found = _workspaces.get((device, stream))
-    if found is not None:
+    if found is not None and len(_spare[device]) >= _SPARES:
         return found
-    capturing = torch.cuda.is_current_stream_capturing()
-    for key in ((device, None), *(() if capturing else ((device, stream),))):
-        if key not in _workspaces:
-            if capturing:
-                raise RuntimeError("w4_linear: x: expected a call on this device before a graph is recorded, got none")
-            _workspaces[key] = _made(device)
-    return _workspaces[device, None if capturing else stream]
+    with _taking:
+        spare = _spare.setdefault(device, [])
+        while len(spare) < _SPARES:
+            spare.append(_made(device))
+        if (device, stream) not in _workspaces:
+            _workspaces[device, stream] = _made(device)
+        return _workspaces[device, stream]
+
+
+def _of_recording(device: int, stream: int) -> torch.Tensor | None:
+    if device not in _spare:
+        raise RuntimeError("w4_linear: x: expected a call on this device before a graph is recorded, got none")
+    recording = _recording(stream)
+    if recording is None:
+        return None
+    key = device, recording, stream
+    with _taking:
+        if key not in _recorded and _spare[device]:
+            _recorded[key] = _spare[device].pop()
+        return _recorded.get(key)
+
+
+def _recording(stream: int) -> int | None:
+    """The number of what a stream records, which no other recording of the process has; None: the driver is silent."""
+    driver = _driver()
+    if driver is None:
+        return None
+    status, number = ctypes.c_int(0), ctypes.c_ulonglong(0)
+    failed = driver.cuStreamGetCaptureInfo(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number))
+    return None if failed or status.value != _ACTIVE else number.value
+
+
+@functools.cache
+def _driver() -> Any:
+    """CUDA's driver, which torch has loaded already; its first cuStreamGetCaptureInfo, which stays: stream, status,
+    number."""
+    try:
+        found = ctypes.CDLL("libcuda.so.1")
+        found.cuStreamGetCaptureInfo.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def _workspace_bytes() -> int:
+    return _C.w4_workspace(_MOST_ROWS, 1, 1)
 
 
 def _made(device: int) -> torch.Tensor:
     """By a thread of its own, whose memory comes from no pool that the caller may have set up (torch.compile's graphs
-    want theirs back)."""
-    nbytes = _C.w4_workspace(_MOST_ROWS, 1, 1)
+    want theirs back), and who may take memory while another thread records a graph."""
+    nbytes = _workspace_bytes()
     found: list[torch.Tensor] = []
 
     def make() -> None:
         with torch.cuda.device(device):
-            made = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=f"cuda:{device}")
-            torch.cuda.synchronize(device)
+            stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+            driver = _driver()
+            if driver is not None:
+                driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED)))
+            with torch.cuda.stream(stream):
+                made = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=f"cuda:{device}")
+            stream.synchronize()
             found.append(made)
 
     thread = threading.Thread(target=make)

@@ -15,12 +15,17 @@ class SharedScaleLinear(torch.nn.Module):
 
     Attributes:
         weight: packed bytes (uint8) of codes and scales, the format of csrc/kvcomp/w4.h. All that is held of weights.
-        exponent: the binary exponent that its scales have in common; saved beside it, as extra state.
+        exponent: the binary exponent that its scales have in common; None: not read yet. Saved beside the weight, as
+            extra state: [exponent, group_size, scale_mbits]. A state without it, or of another format, is refused.
         bias: (out_features,), in the dtype of the layer it was made of.
+
+    Sums are float32 and without 2^exponent (-16 for most weights) until they are done: they may be Inf where
+    |x| |W|^T >= 2^(127 + exponent), which x of fp16 never reaches.
     """
 
     weight: torch.Tensor
     bias: torch.nn.Parameter | None
+    exponent: int | None
 
     def __init__(
         self,
@@ -57,8 +62,9 @@ class SharedScaleLinear(torch.nn.Module):
         """Quantizes a layer's weights; the new layer is on its device. rounding: of scales, "floor", "nearest" or
         "search" (each the one of least squared error).
 
-        TypeError for what is no nn.Linear; ValueError for weights that are not finite and formats that do not exist."""
-        if not isinstance(linear, torch.nn.Linear):
+        TypeError for what is no nn.Linear, subclasses among it, whose own forward would be lost; ValueError for weights
+        that are not finite and formats that do not exist."""
+        if type(linear) is not torch.nn.Linear:
             raise TypeError(f"SharedScaleLinear: linear: expected an nn.Linear, got {type(linear).__name__}")
         weights.check_format("SharedScaleLinear", group_size, scale_mbits, rounding)
         has_bias = linear.bias is not None
@@ -77,8 +83,9 @@ class SharedScaleLinear(torch.nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights (out_features, in_features) that the packed bytes stand for."""
         found = weights.unpack(
-            self.weight, self.exponent, self.out_features, self.in_features, self.group_size, self.scale_mbits, dtype
-        )
+            self.weight, self._known_exponent(), self.out_features, self.in_features, self.group_size,
+            self.scale_mbits, dtype,
+        )  # fmt: skip
         return found.to(self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,15 +100,61 @@ class SharedScaleLinear(torch.nn.Module):
             )
         out: torch.Tensor = call(
             x, self.weight, self.bias, self.out_features, self.in_features, self.group_size, self.scale_mbits,
-            self.exponent,
+            self._known_exponent(),
         )  # fmt: skip
         return out
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.exponent], dtype=torch.int32, device="cpu")
+        known = [] if self.exponent is None else [self.exponent, self.group_size, self.scale_mbits]
+        return torch.tensor(known, dtype=torch.int32, device="cpu")  # an empty one is refused
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.exponent = int(state)
+        """ValueError for that of another format: its bytes may be as many, and stand for other weights."""
+        self.exponent = self._exponent_of(state)
+
+    def _exponent_of(self, state: object) -> int:
+        """What a state says, once it is one of this layer's format."""
+        found = state.tolist() if isinstance(state, torch.Tensor) and state.dim() == 1 else None
+        if (
+            found is None
+            or len(found) != 3
+            or found[1:] != [self.group_size, self.scale_mbits]
+            or abs(found[0]) > weights.MOST_EXPONENT
+        ):
+            raise ValueError(
+                f"SharedScaleLinear: _extra_state: expected [exponent, group_size {self.group_size}, scale_mbits "
+                f"{self.scale_mbits}], got {type(state).__name__ if found is None else found}"
+            )
+        return int(found[0])
+
+    def _known_exponent(self) -> int:
+        if self.exponent is None:
+            raise ValueError("SharedScaleLinear: _extra_state: expected to be loaded with the weight, got none")
+        return self.exponent
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A layer of another format, or one whose exponent is missing, is an error before any of it is copied."""
+        key = f"{prefix}_extra_state"
+        try:
+            if key in state_dict:
+                self._exponent_of(state_dict[key])
+            elif f"{prefix}weight" in state_dict:
+                raise ValueError(f"SharedScaleLinear: {key}: expected beside the weight, got none")
+        except ValueError as reason:
+            error_msgs.append(str(reason))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         return (

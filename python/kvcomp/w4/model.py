@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -50,20 +54,23 @@ class W4Report:
 def find_linears(model: torch.nn.Module, target: str = "mlp", skip: Sequence[str] = ()) -> list[str]:
     """Names of the nn.Linear layers of a model's repeated blocks, in its order: "all" of them, or those of "mlp", which
     are the ones outside attention modules; by where they are and not by their own names, so that fused projections
-    (qkv_proj, gate_up_proj) are found as others are. Embeddings and the output layer are not in blocks; routers of
-    experts are left out, and so is what has a name, or a part of its path, in ``skip``.
+    (qkv_proj, gate_up_proj) are found as others are. Embeddings and the output layer are not in blocks. Left out are
+    routers of experts; subclasses of nn.Linear, whose own forward would be lost; layers whose ``weight`` a module above
+    them reads itself (T5's wo, those of nn.TransformerEncoderLayer), which packed bytes cannot stand for; what
+    transformers keeps in fp32; and what has a name, or a part of its path, in ``skip``.
 
     ValueError where there are none."""
     if target not in TARGETS:
         raise ValueError(f"quantize_model: target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    left = {*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())}
     found = []
     for name, module in model.named_modules():
         path = name.split(".")
-        if not isinstance(module, torch.nn.Linear) or not any(part.isdigit() for part in path):
+        if type(module) is not torch.nn.Linear or not any(part.isdigit() for part in path):
             continue
-        if path[-1] in _ROUTERS or name in skip or set(path) & set(skip):
+        if path[-1] in _ROUTERS or name in left or set(path) & left or _is_read(model, path):
             continue
-        attends = any(mark in part for part in path[:-1] for mark in _ATTENTION)
+        attends = any(mark in part.lower() for part in path[:-1] for mark in _ATTENTION)
         if target == "all" or not attends:
             found.append(name)
     if not found:
@@ -72,6 +79,32 @@ def find_linears(model: torch.nn.Module, target: str = "mlp", skip: Sequence[str
             f"{type(model).__name__}"
         )
     return found
+
+
+def _is_read(model: torch.nn.Module, path: list[str]) -> bool:
+    """Whether a module above the layer reads more of its weight than where it is."""
+    above = model
+    for depth, part in enumerate(path):
+        kind: Any = type(above)
+        if ".".join(path[depth:]) in _reads(kind):
+            return True
+        above = above.get_submodule(part)
+    return False
+
+
+@functools.cache
+def _reads(kind: type) -> frozenset[str]:
+    """Names whose ``weight`` the methods of a class of modules use: self.<name>.weight."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base is torch.nn.Module:
+            break
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # made without a file
+            continue
+        found.update(re.findall(r"\bself\.([A-Za-z_][\w.]*)\.weight\b(?!\.device\b)", source))
+    return frozenset(found)
 
 
 def quantize_model(
@@ -86,9 +119,15 @@ def quantize_model(
     """Replaces a model's linear layers, those of its MLPs or "all" of its blocks', by SharedScaleLinear, one after the
     other, where they are. A transformers model is then one that save_pretrained and from_pretrained know.
 
-    ValueError for formats that do not exist and models without such layers; weights that are not finite are found
-    before anything is replaced."""
+    ValueError for formats that do not exist, models without such layers and models that are quantized already (their
+    configuration has room for one format); weights that are not finite are found before anything is replaced."""
     weights.check_format("quantize_model", group_size, scale_mbits, rounding)
+    held = len(report(model).layers)
+    if held or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            "quantize_model: model: expected one that is not quantized, got one "
+            + (f"with {held} packed layers" if held else "whose configuration says that it is")
+        )
     names = find_linears(model, target, skip)
     for name in names:
         if not bool(linear_at(model, name).weight.isfinite().all()):
@@ -127,6 +166,19 @@ def replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; what several names share counts once."""
-    held = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers()) if part.nbytes}
-    return sum(held.values())
+    """Bytes of all parameters and buffers, and of the scales that bitsandbytes hangs on its weights; what several names
+    share counts once."""
+    parts = [*model.parameters(), *model.buffers()]
+    parts += [scale for module in model.modules() for scale in hung_scales(module)]
+    return sum({part.data_ptr(): part.nbytes for part in parts if part.nbytes}.values())
+
+
+def hung_scales(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors of bitsandbytes' ``weight.quant_state``, which are neither parameters nor buffers."""
+    parts: list[torch.Tensor] = []
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    while state is not None:
+        held = (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+        parts += [part for part in held if isinstance(part, torch.Tensor)]
+        state = getattr(state, "state2", None)
+    return parts

@@ -17,6 +17,7 @@ from .. import _C
 GROUPS = (32, 64, 128)
 MOST_PACKED_MBITS = 10  # of what layers hold; the functions here take up to 14
 MOST_MBITS = 14
+MOST_EXPONENT = 120  # and its negative
 EXACT = -1
 Rounding = Literal["floor", "nearest", "search"]
 ROUNDINGS: dict[str, int] = {"floor": 0, "nearest": 1, "search": 2}
@@ -150,7 +151,7 @@ def exponent_for(largest: float) -> int:
     two of them (compiled code has it built in). The largest scale is two to nine of 30 binades below saturation."""
     if not 0 < largest < math.inf:
         return 0
-    return max(-120, min(120, -((14 - math.frexp(largest / _LEVELS)[1]) // 8) * 8))
+    return max(-MOST_EXPONENT, min(MOST_EXPONENT, -((14 - math.frexp(largest / _LEVELS)[1]) // 8) * 8))
 
 
 def codes_of(
