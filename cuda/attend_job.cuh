@@ -15,12 +15,8 @@ constexpr float NOTHING = -1e30f; /* a maximum over no tokens */
  * greatest one when the shift is chosen, so that weights 2^-33 of it are still more than zero. */
 constexpr float SHIFT_AT = 9.0f, SHIFT_MOST = 15.0f;
 
-#ifndef MANY_WARPS
-#define MANY_WARPS 12
-#endif
 constexpr int SLOT = 4608;      /* bytes of a copy at most: 4096 of codes, 256 of scales and zeros; K and V of 2 bits */
 constexpr int AHEAD = 4;        /* table entries that are on their way, per warp; a power of two */
-constexpr int ORDERS = 8;       /* pieces that are described ahead, per warp; a power of two */
 constexpr int DRAIN_PAGES = 8;  /* the tensor cores' fp32 sums truncate: emptied into true fp32 after so many pages */
 constexpr uint32_t EMPTY = ~0u; /* a word of a partial result that is not there yet */
 
@@ -53,11 +49,11 @@ struct attend_job {
 template <int D, int NQ> struct sizes {
     static constexpr int TILES = D / 16;
     static constexpr bool PAIR = NQ == 4;
-    static constexpr int CT = NQ == 16 ? 2 : 1;  /* column tiles of weights and sums */
-    static constexpr int QT = PAIR ? 1 : 2 * CT; /* column tiles of q */
-    static constexpr int TS = PAIR ? 2 : 4;      /* token tiles of a lane */
-    static constexpr int PITCH = D + 4;          /* floats of a row of sums in shared memory */
-    static constexpr int WARPS = NQ == 4 && D <= 128 ? MANY_WARPS : 8;
+    static constexpr int CT = NQ == 16 ? 2 : 1;                        /* column tiles of weights and sums */
+    static constexpr int QT = PAIR ? 1 : 2 * CT;                       /* column tiles of q */
+    static constexpr int TS = PAIR ? 2 : 4;                            /* token tiles of a lane */
+    static constexpr int PITCH = D + 4;                                /* floats of a row of sums in shared memory */
+    static constexpr int WARPS = NQ == 4 && D <= 128 ? 12 : 8;         /* that work */
     static constexpr int THREADS = (WARPS + 4) * 32;                   /* and a warpgroup that fetches */
     static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
     static constexpr int HALF_FRAGMENTS = QT * TILES * 32;

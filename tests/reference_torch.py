@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from kvcomp import _C
+from kvcomp.bench import near
 
 BITS = (2, 3, 4, 8, 16)
 CLASSES = list(itertools.product(BITS, BITS))
@@ -24,8 +25,6 @@ PAGES, TAIL_PAGE, TAIL_TOKENS, TOKENS = range(4)  # columns of kvc_list
 
 # attend.h, CUDA: error over the root mean square of the exact output's channels, for float32 output.
 BOUND = 1e-3
-# Half a unit in the last place, relative, of the output's type.
-HALF_UNIT = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 Page = tuple[int, int, int]  # k_bits, v_bits, tokens
 Rows = Callable[[tuple[int, ...], torch.Generator], tuple[torch.Tensor, torch.Tensor]]
@@ -268,12 +267,8 @@ def assert_near(out: torch.Tensor, exact: torch.Tensor, largest: float, bound: f
     row's size.) largest: the largest value; sums that cancel exactly may miss zero by 1e-7 of it."""
     if not out.numel():
         return
-    size = exact.square().mean(-1, keepdim=True).sqrt()
-    unit = HALF_UNIT[out.dtype] * exact.abs() + (2.0**-25 if out.dtype == torch.float16 else 0.0)
-    rest = 1e-7 * largest + 1e-30
-    missed = ((out.double() - exact).abs() - unit).nan_to_num(torch.inf).clamp_min(0)
-    whole = missed.square().mean(-1).sqrt() / (bound * size[..., 0] + rest)
-    ratio = torch.maximum(whole, (missed / (5 * bound * size + rest)).amax(-1))
+    whole, most, size, rest = near.missed(out, exact, largest)
+    ratio = torch.maximum(whole / (bound * size + rest), most / (5 * bound * size + rest))
     worst = int(ratio.argmax())
     where = np.unravel_index(worst, tuple(ratio.shape))
     assert float(ratio.flatten()[worst]) <= 1, (

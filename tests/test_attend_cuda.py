@@ -9,6 +9,7 @@ import pytest
 from kvcomp import _C
 
 torch = pytest.importorskip("torch", reason="needs torch for CUDA tensors")
+from kvcomp.bench.near import HALF_UNIT  # noqa: E402
 from reference_torch import (  # noqa: E402
     BFLOAT16,
     BITS,
@@ -17,7 +18,6 @@ from reference_torch import (  # noqa: E402
     FLOAT16,
     FP16,
     GROUPS,
-    HALF_UNIT,
     HEAD_DIMS,
     TAIL_TOKENS,
     TOKENS,
