@@ -17,7 +17,7 @@ struct device_facts {
 cudaError_t facts_of(int device, device_facts *out) {
     static device_facts known[MOST_DEVICES];
     if (device < 0 || device >= MOST_DEVICES) return cudaErrorInvalidDevice;
-    if (known[device].multiprocessors == 0) {
+    if (__atomic_load_n(&known[device].multiprocessors, __ATOMIC_ACQUIRE) == 0) {
         device_facts found = {};
         int major = 0, minor = 0;
         cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -28,7 +28,8 @@ cudaError_t facts_of(int device, device_facts *out) {
             error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
         if (error != cudaSuccess) return error;
         found.capability = 10 * major + minor;
-        known[device] = found;
+        known[device].shared_most = found.shared_most, known[device].capability = found.capability;
+        __atomic_store_n(&known[device].multiprocessors, found.multiprocessors, __ATOMIC_RELEASE);
     }
     *out = known[device];
     return cudaSuccess;
@@ -81,6 +82,8 @@ half_facts facts_of_half(const kvc_layout *layout, int bits, int tokens) {
     facts.bytes = (int32_t)kvc_half_bytes(layout, bits, tokens);
     facts.pieces = (int16_t)((tiles + each - 1) / each);
     facts.step = (int16_t)(each * tile_bytes(bits, tokens));
+    facts.last_codes = (tiles - (facts.pieces - 1) * each) * tile_bytes(bits, tokens);
+    facts.reserved = 0;
     return facts;
 }
 
@@ -91,6 +94,16 @@ cudaError_t launch(attend_job &a, int head_dim, const device_facts &facts, cudaS
     case 96: return kvc_launch_attend_96(&a, facts.multiprocessors, facts.shared_most, stream);
     case 128: return kvc_launch_attend_128(&a, facts.multiprocessors, facts.shared_most, stream);
     default: return kvc_launch_attend_256(&a, facts.multiprocessors, facts.shared_most, stream);
+    }
+}
+
+bool serves(int head_dim, int columns, int shared_most) {
+    switch (head_dim) {
+    case 64: return kvc_serves_attend_64(columns, shared_most);
+    case 80: return kvc_serves_attend_80(columns, shared_most);
+    case 96: return kvc_serves_attend_96(columns, shared_most);
+    case 128: return kvc_serves_attend_128(columns, shared_most);
+    default: return kvc_serves_attend_256(columns, shared_most);
     }
 }
 
@@ -106,7 +119,8 @@ kvc_status no_mass(const kvc_attend_args *args, cudaStream_t stream) {
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
 }
 
-/* Groups of channels with scales of their own, and mass: kernels of their own, whose workspace is made EMPTY again. */
+/* Groups of channels with scales of their own, mass, and devices of little shared memory: kernels of their own, whose
+ * workspace is made EMPTY again. */
 kvc_status attend_groups(const kvc_attend_args *args, const device_facts &facts, cudaStream_t stream) {
     const int64_t n = args->lists.shape[0], h = n / (args->queries.shape[0] ? args->queries.shape[0] : 1);
     const int64_t group = h ? args->queries.shape[1] / h : 1;
@@ -115,7 +129,8 @@ kvc_status attend_groups(const kvc_attend_args *args, const device_facts &facts,
                                     kvc_given(&args->mass) ? args->mass.shape[1] : 0, facts.multiprocessors);
     KVC_TRY(kvc_expect_workspace("attend", &args->workspace, bytes));
     cudaError_t error = kvc_attend_groups(args, args->workspace.data, facts.multiprocessors, stream);
-    if (error == cudaSuccess) error = cudaMemsetAsync(args->workspace.data, 0xff, (size_t)bytes, stream);
+    const cudaError_t cleared = cudaMemsetAsync(args->workspace.data, 0xff, (size_t)bytes, stream);
+    if (error == cudaSuccess) error = cleared;
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
 }
 
@@ -151,9 +166,10 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     KVC_CHECK(facts.capability >= KVC_LEAST_CAPABILITY, KVC_ENOTSUP,
               "attend: device: expected compute capability %d.%d or newer, got %d.%d", KVC_LEAST_CAPABILITY / 10,
               KVC_LEAST_CAPABILITY % 10, facts.capability / 10, facts.capability % 10);
-    if (args->layout.group != d || kvc_given(&args->mass)) return attend_groups(args, facts, (cudaStream_t)stream);
     KVC_CHECK(group * q <= 1 << 20 && n <= INT32_MAX && args->table.shape[1] <= INT32_MAX, KVC_ESHAPE,
               "attend: queries: expected at most 2^20 queries a KV head, got %lld", (long long)(group * q));
+    if (args->layout.group != d || kvc_given(&args->mass) || !serves(d, (int)(group * q), facts.shared_most))
+        return attend_groups(args, facts, (cudaStream_t)stream);
     const bool divided = kvc_given(&args->division);
     const int64_t parts = parts_bytes(group * q, d, facts.multiprocessors);
     const int64_t own_division = divided ? 0 : division_bytes(n, facts.multiprocessors);
@@ -215,12 +231,17 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     a.half = args->layout.half;
     a.zero_point = args->layout.zero_point;
     a.e5m3 = args->layout.scale_dtype == KVC_STEP_E5M3;
+    a.by_heads = (uint32_t)(((1ull << 32) + (uint64_t)a.heads - 1) / (uint64_t)a.heads); /* exact below 2^32 / heads */
+    a.plain = !a.e5m3 && args->layout.zero_point && !(args->softcap > 0);
     a.rotation = args->rotation;
     a.early = args->early && divided && q == 1;
     a.scale = args->scale;
     a.softcap = args->softcap;
     error = launch(a, d, facts, (cudaStream_t)stream);
-    if (error == cudaSuccess && !divided) /* EMPTY again: another call's partial results may lie there */
-        error = cudaMemsetAsync(workspace + parts, 0xff, (size_t)own_division, (cudaStream_t)stream);
+    if (!divided) { /* EMPTY again: another call's partial results may lie there */
+        const cudaError_t cleared =
+            cudaMemsetAsync(workspace + parts, 0xff, (size_t)own_division, (cudaStream_t)stream);
+        if (error == cudaSuccess) error = cleared;
+    }
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("attend", error);
 }

@@ -4,3 +4,5 @@
 cudaError_t kvc_launch_attend_128(void *job, int blocks, int shared_most, cudaStream_t stream) {
     return launch_attend<128>(*(attend_job *)job, blocks, shared_most, stream);
 }
+
+bool kvc_serves_attend_128(int columns, int shared_most) { return queries_of_block<128>(columns, shared_most) > 0; }

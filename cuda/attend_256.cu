@@ -4,3 +4,5 @@
 cudaError_t kvc_launch_attend_256(void *job, int blocks, int shared_most, cudaStream_t stream) {
     return launch_attend<256>(*(attend_job *)job, blocks, shared_most, stream);
 }
+
+bool kvc_serves_attend_256(int columns, int shared_most) { return queries_of_block<256>(columns, shared_most) > 0; }

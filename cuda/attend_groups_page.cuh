@@ -25,7 +25,7 @@ __device__ inline int value_order(int token, int stride) {
 
 /* ---- codes */
 
-/* A lane's words of one channel tile, turned back. */
+/* A lane's words of one channel tile. */
 template <int BITS, int PAGE, int VALUE>
 __device__ void load_words(uint32_t (&w)[BITS * PAGE / 64], const uint8_t *half, int channel_tile) {
     constexpr int WORDS = BITS * PAGE / 64;
@@ -42,9 +42,6 @@ __device__ void load_words(uint32_t (&w)[BITS * PAGE / 64], const uint8_t *half,
             w[k] = four.x, w[k + 1] = four.y, w[k + 2] = four.z, w[k + 3] = four.w;
         }
     }
-    if (kvc_turn(VALUE, BITS))
-#pragma unroll
-        for (int k = 0; k < WORDS; k++) w[k] = kvc_rotate_left(w[k], 32 - kvc_turn(VALUE, BITS));
 }
 
 /* Element `e` of tile `t`: its code less the middle; of 16 bits the value. */

@@ -11,19 +11,30 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NOTHING = -1e30f; /* a maximum over no tokens */
 
-/* Weights are 2^(x - shift) with x the logit in bits; times V's scale they are fp16: at most 2^15, and 2^9 for the
- * greatest one when the shift is chosen, so that weights 2^-33 of it are still more than zero. */
-constexpr float SHIFT_AT = 9.0f, SHIFT_MOST = 15.0f;
+/* Weights are 2^(x - shift), with x the logit in bits. Times V's scale they are numbers of 16 bits, integers or
+ * fp16: the shift is chosen so that a page's largest one is 2^14.5, and stays while that lies between 2^11 and
+ * 64600, which fp16 holds, too. */
+constexpr float SHIFT_AT = 14.5f, SHIFT_LEAST = 11.0f;
+constexpr float MOST_WEIGHT = 64600.0f, LEAST_WEIGHT = 2048.0f;
+/* Weights 2^-37 of the greatest one may be lost: 2^17 of them are 2^-20 of it. */
+constexpr float SHIFT_NEGLIGIBLE = 26.0f;
 
-constexpr int SLOT = 4608;      /* bytes of a copy at most: 4096 of codes, 256 of scales and zeros; K and V of 2 bits */
-constexpr int AHEAD = 4;        /* table entries that are on their way, per warp; a power of two */
-constexpr int DRAIN_PAGES = 8;  /* the tensor cores' fp32 sums truncate: emptied into true fp32 after so many pages */
-constexpr uint32_t EMPTY = ~0u; /* a word of a partial result that is not there yet */
+constexpr int SLOT = 4608;               /* bytes of a copy at most: 4096 of codes, 256 of
+                                            scales and zeros; K and V of 2 bits */
+constexpr int AHEAD = 4;                 /* table entries that are on their way, per warp; a power of two */
+constexpr int DRAIN_PAGES = 8;           /* the tensor cores' fp32 sums truncate: emptied
+                                            into true fp32 after so many pages */
+constexpr int DRAIN_PAGES_OF_CODES = 64; /* integers: below 2^29 then, and the difference to the middle is exact
+                                            enough */
+constexpr uint32_t EMPTY = ~0u;          /* a word of a partial result that is not there yet */
 
 /* K or V of a page with so many bits. */
-struct alignas(8) half_facts {
+struct alignas(16) half_facts {
     int32_t bytes;        /* 0 for bits that are no class */
     int16_t pieces, step; /* copies of it; bytes from one to the next */
+    int32_t last_codes;   /* bytes of codes in the last one, behind which its scales
+                             lie */
+    int32_t reserved;
 };
 
 struct attend_job {
@@ -36,29 +47,35 @@ struct attend_job {
     const kvc_list *lists;
     const int32_t *new_tokens;
     const int32_t *division;
-    float *parts;      /* (blocks * chunks, NQ, D): what blocks give to a list's first block */
+    float *parts;      /* (blocks * chunks, NQ, D): what blocks give to a list's first
+                          block */
     float2 *part_sums; /* (blocks * chunks, NQ): shift, sum of weights */
     int32_t capacity, n, heads, group, q, columns, chunks, slots;
     half_facts halves[18]; /* by bits, of 64 tokens; 17: a tail page's */
     int32_t q_dtype, out_dtype, half, zero_point, e5m3, rotation, early;
+    uint32_t by_heads; /* 2^32 / heads, rounded up, where heads > 1 */
+    int32_t plain;     /* scales and zeros of fp16, no cap */
     float scale, softcap;
 };
 
-/* Sizes for head dimension D and NQ columns: NQ queries (positions x heads of a group), each in two parts. With 4, both
- * parts of q lie in one tile of 8 columns, and a lane's logits are those of one of two token tiles. */
+/* Sizes for head dimension D and NQ queries (positions x heads of a group), each in two parts: a column tile of 8 is
+ * four queries. */
 template <int D, int NQ> struct sizes {
     static constexpr int TILES = D / 16;
-    static constexpr bool PAIR = NQ == 4;
-    static constexpr int CT = NQ == 16 ? 2 : 1;                        /* column tiles of weights and sums */
-    static constexpr int QT = PAIR ? 1 : 2 * CT;                       /* column tiles of q */
-    static constexpr int TS = PAIR ? 2 : 4;                            /* token tiles of a lane */
-    static constexpr int PITCH = D + 4;                                /* floats of a row of sums in shared memory */
+    static constexpr int QT = NQ / 4;                                  /* column tiles of q */
+    static constexpr int PARTS = QT < 2 ? 1 : 2;                       /* that are looked at at once */
+    static constexpr bool INTEGER = NQ <= 8;                           /* V's codes meet integers */
+    static constexpr int VT = INTEGER ? QT : QT / 2;                   /* column tiles of sums */
+    static constexpr int PITCH = D + 8;                                /* floats of a row of sums in shared memory */
     static constexpr int WARPS = NQ == 4 && D <= 128 ? 12 : 8;         /* that work */
     static constexpr int THREADS = (WARPS + 4) * 32;                   /* and a warpgroup that fetches */
     static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
     static constexpr int HALF_FRAGMENTS = QT * TILES * 32;
     static constexpr int SUMS_BYTES = WARPS * NQ * PITCH * 4;
-    static constexpr int FIXED_BYTES = (CODE_FRAGMENTS + HALF_FRAGMENTS) * 8 + SUMS_BYTES + WARPS * NQ * 16 + NQ * 16;
+    static constexpr int ITEMS = NQ * D / 4;                                       /* of a merge: four channels */
+    static constexpr int GROUPS = WARPS * 32 < 2 * ITEMS ? 1 : WARPS * 32 / ITEMS; /* of threads that merge */
+    static constexpr int FIXED_BYTES =
+        (CODE_FRAGMENTS + HALF_FRAGMENTS) * 8 + SUMS_BYTES + (WARPS + 1) * NQ * 16 + GROUPS * NQ * 8;
 };
 
 /* Channel tiles of a copy. P: tokens of the page. */
@@ -75,28 +92,57 @@ template <int BITS, int P> struct piece {
 
 __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                         uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* The same into sums that other kinds share. */
+__device__ __forceinline__ void mma_f16(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                        uint32_t b0, uint32_t b1) {
+    float f[4] = {__uint_as_float(d[0]), __uint_as_float(d[1]), __uint_as_float(d[2]), __uint_as_float(d[3])};
+    mma_f16(f, a0, a1, a2, a3, b0, b1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[i] = __float_as_uint(f[i]);
+}
+
+__device__ __forceinline__ void mma_bf16(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+    float f[4] = {__uint_as_float(d[0]), __uint_as_float(d[1]), __uint_as_float(d[2]), __uint_as_float(d[3])};
+    mma_bf16(f, a0, a1, a2, a3, b0, b1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[i] = __float_as_uint(f[i]);
+}
+
+__device__ __forceinline__ void mma_u8u8(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma_u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                        uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 /* Of 16 channels only. */
 __device__ __forceinline__ void mma_u8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 "
+        "{%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
 }

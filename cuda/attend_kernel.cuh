@@ -10,9 +10,24 @@
 
 namespace {
 
-__device__ __forceinline__ float load_element(const char *row, int i, int dtype) {
-    if (dtype == KVC_FLOAT32) return ((const float *)row)[i];
-    return kvc_cuda_half_to_float(((const uint16_t *)row)[i], dtype);
+/* Elements l, l + 32, ... of a row, by lane l; 0 behind its end. All loads are on their way before one is looked at. */
+template <int D>
+__device__ __forceinline__ void load_row(float (&x)[(D + 31) / 32], const char *row, bool there, int dtype) {
+    constexpr int N = (D + 31) / 32;
+    const int lane = threadIdx.x & 31;
+    uint32_t raw[N];
+    if (dtype == KVC_FLOAT32) {
+#pragma unroll
+        for (int k = 0; k < N; k++) raw[k] = there && lane + 32 * k < D ? ((const uint32_t *)row)[lane + 32 * k] : 0;
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) raw[k] = there && lane + 32 * k < D ? ((const uint16_t *)row)[lane + 32 * k] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        x[k] = dtype == KVC_FLOAT32    ? __uint_as_float(raw[k])
+               : dtype == KVC_BFLOAT16 ? __uint_as_float(raw[k] << 16)
+                                       : __half2float(__ushort_as_half((uint16_t)raw[k]));
 }
 
 __device__ __forceinline__ void store_element(char *row, int i, float value, int dtype) {
@@ -62,8 +77,8 @@ struct query_place {
 
 __device__ __forceinline__ query_place place_of(const attend_job &a, int list, int column) {
     query_place p;
-    p.sequence = list / a.heads;
-    p.position = column / a.group;
+    p.sequence = a.heads == 1 ? list : (int)__umulhi((unsigned)list, a.by_heads);
+    p.position = a.q == 1 ? 0 : column / a.group;
     p.head = (list - p.sequence * a.heads) * a.group + column - p.position * a.group;
     p.there = column < a.columns;
     p.real = p.there && (!a.new_tokens || p.position >= a.q - a.new_tokens[p.sequence]);
@@ -81,23 +96,17 @@ __device__ __forceinline__ void lay_out_query(const attend_job &a, int list, int
     const query_place place = place_of(a, list, column);
     const char *row =
         a.queries + place.sequence * a.q_stride[0] + place.head * a.q_stride[1] + place.position * a.q_stride[2];
-    float x[N], most = 0;
-#pragma unroll
-    for (int k = 0; k < N; k++)
-        x[k] = place.real && lane + 32 * k < D ? load_element(row, lane + 32 * k, a.q_dtype) : 0;
+    float x[N];
+    load_row<D>(x, row, place.real, a.q_dtype);
     if (a.rotation == KVC_ROTATE_HADAMARD) rotate<D>(x);
+    unsigned bits = 0; /* of the greatest size */
 #pragma unroll
-    for (int k = 0; k < N; k++) most = fmaxf(most, fabsf(x[k]));
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
-    bool strange = false; /* NaN or infinite: so is what comes out */
-#pragma unroll
-    for (int k = 0; k < N; k++) strange = strange || !(fabsf(x[k]) < INFINITY);
-    strange = __any_sync(ALL, strange);
-    const float to_fixed = most > 0 && !strange ? 32600.0f / most : 0.0f;
+    for (int k = 0; k < N; k++) bits = max(bits, __float_as_uint(fabsf(x[k])));
+    bits = __reduce_max_sync(ALL, bits);
+    const bool strange = bits >= 0x7f800000u; /* NaN or infinite: so is what comes out */
+    const float most = __uint_as_float(bits), to_fixed = most > 1e-30f && !strange ? __fdividef(32600.0f, most) : 0.0f;
     int sum = 0;
-    const int part = S::PAIR ? n : n & 7, tile = S::PAIR ? 0 : 2 * (n >> 3); /* of the high part */
-    const int low_part = S::PAIR ? n + 4 : n & 7, low_tile = S::PAIR ? 0 : tile + 1;
+    const int tile = n >> 2, column_of_tile = 2 * (n & 3); /* of the high part; the low one's is the next */
 #pragma unroll
     for (int k = 0; k < N; k++) {
         const int channel = lane + 32 * k;
@@ -107,18 +116,20 @@ __device__ __forceinline__ void lay_out_query(const attend_job &a, int list, int
         sum += fixed;
         const int ct = channel >> 4, quarter = channel >> 2 & 3, i = channel & 3;
         const int pairs = (S::TILES + 1) / 2;
-        codes[((tile * pairs + (ct >> 1)) * 32 + part * 4 + quarter) * 8 + (ct & 1) * 4 + i] = (uint8_t)high;
-        codes[((low_tile * pairs + (ct >> 1)) * 32 + low_part * 4 + quarter) * 8 + (ct & 1) * 4 + i] = (uint8_t)low;
+        uint8_t *const code =
+            codes + ((tile * pairs + (ct >> 1)) * 32 + column_of_tile * 4 + quarter) * 8 + (ct & 1) * 4 + i;
+        code[0] = (uint8_t)high;
+        code[4 * 8] = (uint8_t)low;
         const float value = scaled * (1.0f / 256);
         const uint32_t first = a.half == KVC_BFLOAT16 ? bfloat2_bits(value, 0) : half2_bits(value, 0);
         const float rest = value - kvc_cuda_half_to_float((uint16_t)first, a.half);
         const uint32_t second = a.half == KVC_BFLOAT16 ? bfloat2_bits(rest, 0) : half2_bits(rest, 0);
-        const int at = (i & 1) * 2 + (i >> 1);
-        halves[((tile * S::TILES + ct) * 32 + part * 4 + quarter) * 4 + at] = (uint16_t)first;
-        halves[((low_tile * S::TILES + ct) * 32 + low_part * 4 + quarter) * 4 + at] = (uint16_t)second;
+        uint16_t *const half =
+            halves + ((tile * S::TILES + ct) * 32 + column_of_tile * 4 + quarter) * 4 + (i & 1) * 2 + (i >> 1);
+        half[0] = (uint16_t)first;
+        half[4 * 4] = (uint16_t)second;
     }
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+    sum = __reduce_add_sync(ALL, sum);
     const float unit = a.scale * (a.softcap > 0 ? 2.0f / a.softcap : 1.0f) * LOG2E;
     const float factor = strange ? NAN : unit * most * (1.0f / 32600);
     if (lane == 0)
@@ -133,7 +144,7 @@ __device__ __forceinline__ void store_query(const attend_job &a, int list, int c
     const int lane = threadIdx.x & 31;
     const query_place place = place_of(a, list, column);
     if (!place.there) return;
-    const float by = place.real && total != 0 ? 1.0f / total : 0.0f;
+    const float by = place.real && total != 0 ? __frcp_rn(total) : 0.0f;
     float x[N];
 #pragma unroll
     for (int k = 0; k < N; k++) x[k] = by != 0 && lane + 32 * k < D ? sums[lane + 32 * k] * by : 0;
@@ -145,14 +156,26 @@ __device__ __forceinline__ void store_query(const attend_job &a, int list, int c
         if (lane + 32 * k < D) store_element(row, lane + 32 * k, x[k], a.out_dtype);
 }
 
-/* Registers go from the fetching warpgroup to the working ones; numbers that leave none over. */
+/* Adds what is in another unit of weights. */
+__device__ __forceinline__ void add_part(float &shift, float &total, float4 &sum, const float2 &end,
+                                         const float4 &part) {
+    const float next = fmaxf(shift, end.x), mine = exp2_of(shift - next), theirs = exp2_of(end.x - next);
+    shift = next;
+    total = fmaf(theirs, end.y, total * mine);
+    sum.x = fmaf(theirs, part.x, sum.x * mine);
+    sum.y = fmaf(theirs, part.y, sum.y * mine);
+    sum.z = fmaf(theirs, part.z, sum.z * mine);
+    sum.w = fmaf(theirs, part.w, sum.w * mine);
+}
+
+/* Registers go from the fetching warpgroup to the working ones; numbers that leave few over. */
 template <int WARPS, bool FETCHES> __device__ __forceinline__ void share_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
-    static_assert(WARPS == 8 || WARPS == 12, "");
+    static_assert(WARPS == 8 || WARPS == 12 || WARPS == 16, "");
     if constexpr (FETCHES)
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 40 : 56));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 12 ? 56 : 40));
     else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 232 : 152));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 232 : WARPS == 12 ? 152 : 112));
 #endif
 }
 
@@ -180,6 +203,8 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
     next += WARPS * NQ * 16;
     float4 *const info = (float4 *)next; /* (NQ): of lay_out_query; at last the sum of weights */
     next += NQ * 16;
+    float2 *const group_ends = (float2 *)next; /* (GROUPS, NQ): shift, sum of weights */
+    next += S::GROUPS * NQ * 8;
     all.entries = (page_entry *)next;
     next += WARPS * AHEAD * sizeof(page_entry);
     all.notes = (page_note *)next;
@@ -194,20 +219,27 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
     const int blocks = a.division[0];
     const kvc_share *const shares = (const kvc_share *)(a.division + 4);
     const kvc_run run = ((const kvc_run *)(shares + a.n))[block]; /* of no meaning from block `blocks` on */
-    for (int i = threadIdx.x; i < WARPS * a.slots; i += S::THREADS) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(all.full + i)), "n"(ARRIVALS));
-        asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(shared_address(all.empty + i)));
-    }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;");
-#endif
-    __syncthreads();
-    if (block >= blocks) return;
     if (warp >= WARPS) {
         share_registers<WARPS, true>();
-        fetcher<WARPS>(a, all, warp - WARPS).fetch(run);
+        if (block < blocks)
+            fetcher<WARPS>(a, all, warp - WARPS).template fetch<S::THREADS>(run);
+        else
+            rings_are_ready<S::THREADS>(true);
         return;
     }
+    if ((threadIdx.x & 31) == 0) { /* each its own: a warp's threads would do it one by one */
+#pragma unroll 1
+        for (int i = warp * a.slots; i < (warp + 1) * a.slots; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(all.full + i)), "n"(ARRIVALS));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(shared_address(all.empty + i)));
+        }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;");
+#endif
+    }
+    __syncwarp();
+    rings_are_ready<S::THREADS>(false);
+    if (block >= blocks) return;
     share_registers<WARPS, false>();
     worker<D, NQ> w(a, all, warp);
     w.code_fragments = code_fragments;
@@ -226,70 +258,58 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
         const kvc_share share = shares[list];
         meet<WARPS>();
 #pragma unroll
-        for (int ct = 0; ct < S::CT; ct++)
-#pragma unroll
-            for (int g = 0; g < 2; g++) {
-                const float4 mine = info[w.query(ct, g)];
-                w.factor[ct][g] = mine.x;
-                w.total[ct][g] = mine.y;
-                w.hidden[ct][g] = __float_as_int(mine.z);
-            }
-#pragma unroll 1
-        for (;;) {
-            const page_note note = w.copies.note();
-            if (note.list != list) break;
-            w.page(note);
+        for (int t = 0; t < S::QT; t++) {
+            const float4 mine = info[w.query(t)];
+            w.factor[t] = mine.x;
+            w.total[t] = mine.y;
+            w.hidden[t] = __float_as_int(mine.z);
         }
+        page_note note = w.copies.note();
+#pragma unroll 1
+        while (note.list == list) note = w.pages(note);
         /* this warp's part */
         if (w.since_drain) w.drain();
 #pragma unroll
-        for (int ct = 0; ct < S::CT; ct++)
+        for (int t = 0; t < S::QT; t++) {
 #pragma unroll
-            for (int g = 0; g < 2; g++) {
-#pragma unroll
-                for (int o = S::PAIR ? 2 : 4; o < 32; o <<= 1) {
-                    w.weights[ct][g] += __shfl_xor_sync(ALL, w.weights[ct][g], o);
-                    w.zeros[ct][g] += __shfl_xor_sync(ALL, w.zeros[ct][g], o);
-                }
-                if (w.r == 0 && (!S::PAIR || w.c < 2))
-                    ends[warp * NQ + w.query(ct, g)] =
-                        make_float4(w.shift[ct][g], w.weights[ct][g], w.zeros[ct][g], w.has_sums ? 1.0f : 0.0f);
+            for (int o = 4; o < 32; o <<= 1) {
+                w.weights[t] += __shfl_xor_sync(ALL, w.weights[t], o);
+                w.zeros[t] += __shfl_xor_sync(ALL, w.zeros[t], o);
             }
+            if (w.r == 0)
+                ends[warp * NQ + w.query(t)] = make_float4(w.top[t] > NOTHING ? w.shift[t] : NOTHING, w.weights[t],
+                                                           w.zeros[t], w.has_sums ? 1.0f : 0.0f);
+        }
         meet<WARPS>();
-        /* the block's part: four channels a thread */
+        /* The block's part: four channels a thread; where there are threads for it several groups share the warps and
+         * the other blocks' parts, and the first one adds up what they have. */
         const bool alone = share.blocks == 1, first = share.first_block == block;
         if (!waited) wait_for_previous();
         waited = true;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < NQ * D / 4; i += THREADS) {
-            const int n = i / (D / 4), channel = i % (D / 4) * 4;
+        for (int i = threadIdx.x; i < S::GROUPS * S::ITEMS; i += THREADS) {
+            const int group = i / S::ITEMS, item = i - group * S::ITEMS, n = item / (D / 4),
+                      channel = item % (D / 4) * 4;
             float shift = NOTHING, total = 0;
             float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
             for (int k = 0; k < WARPS; k++) shift = fmaxf(shift, ends[k * NQ + n].x);
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) {
-                const float4 end = ends[k * NQ + n];
-                if (end.w == 0) continue;
+            for (int j = 0; j < (WARPS + S::GROUPS - 1) / S::GROUPS; j++) {
+                const int k = group + j * S::GROUPS;
+                if (WARPS % S::GROUPS && k >= WARPS) break;
+                const float4 end = ends[k * NQ + n], part = *(const float4 *)(sums + (k * NQ + n) * S::PITCH + channel);
+                const bool there = end.w != 0; /* else `part` is anything */
                 const float by = exp2_of(end.x - shift);
-                const float4 part = *(const float4 *)(sums + (k * NQ + n) * S::PITCH + channel);
-                total = fmaf(by, end.y, total);
-                sum.x = fmaf(by, part.x + end.z, sum.x);
-                sum.y = fmaf(by, part.y + end.z, sum.y);
-                sum.z = fmaf(by, part.z + end.z, sum.z);
-                sum.w = fmaf(by, part.w + end.z, sum.w);
+                total = there ? fmaf(by, end.y, total) : total;
+                sum.x = there ? fmaf(by, part.x + end.z, sum.x) : sum.x;
+                sum.y = there ? fmaf(by, part.y + end.z, sum.y) : sum.y;
+                sum.z = there ? fmaf(by, part.z + end.z, sum.z) : sum.z;
+                sum.w = there ? fmaf(by, part.w + end.z, sum.w) : sum.w;
             }
-            if (!first) { /* to the block that finishes the list */
-                const int64_t at = (int64_t)(block * a.chunks + chunk) * NQ + n;
-                *(float4 *)(a.parts + at * D + channel) =
-                    make_float4(not_empty(sum.x), not_empty(sum.y), not_empty(sum.z), not_empty(sum.w));
-                if (channel == 0) a.part_sums[at] = make_float2(not_empty(shift), not_empty(total));
-                continue;
-            }
-            if (!alone) {
-                constexpr int AT_ONCE = NQ == 4 ? 8 : 4;
+            if (first && !alone) {
+                constexpr int AT_ONCE = NQ == 4 ? 6 : 4;
 #pragma unroll 1
-                for (int k = 1; k < share.blocks; k += AT_ONCE) {
+                for (int k = 1 + group; k < share.blocks; k += AT_ONCE * S::GROUPS) {
                     float2 ends_of[AT_ONCE];
                     float4 parts_of[AT_ONCE];
                     bool missing;
@@ -297,8 +317,8 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
                         missing = false;
 #pragma unroll
                         for (int j = 0; j < AT_ONCE; j++) {
-                            const int64_t from =
-                                (int64_t)((block + min(k + j, share.blocks - 1)) * a.chunks + chunk) * NQ + n;
+                            const int other = k + j * S::GROUPS < share.blocks ? k + j * S::GROUPS : k;
+                            const int64_t from = (int64_t)((block + other) * a.chunks + chunk) * NQ + n;
                             ends_of[j] = load_volatile(a.part_sums + from);
                             parts_of[j] = load_volatile((const float4 *)(a.parts + from * D + channel));
                         }
@@ -308,25 +328,38 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
                                       empty(parts_of[j].y) || empty(parts_of[j].z) || empty(parts_of[j].w);
                     } while (missing);
 #pragma unroll
-                    for (int j = 0; j < AT_ONCE; j++) {
-                        if (k + j >= share.blocks) break;
-                        const float next_shift = fmaxf(shift, ends_of[j].x);
-                        const float mine = exp2_of(shift - next_shift), theirs = exp2_of(ends_of[j].x - next_shift);
-                        shift = next_shift;
-                        total = fmaf(theirs, ends_of[j].y, total * mine);
-                        sum.x = fmaf(theirs, parts_of[j].x, sum.x * mine);
-                        sum.y = fmaf(theirs, parts_of[j].y, sum.y * mine);
-                        sum.z = fmaf(theirs, parts_of[j].z, sum.z * mine);
-                        sum.w = fmaf(theirs, parts_of[j].w, sum.w * mine);
-                    }
+                    for (int j = 0; j < AT_ONCE; j++)
+                        if (k + j * S::GROUPS < share.blocks) add_part(shift, total, sum, ends_of[j], parts_of[j]);
                 }
             }
-            /* warp 0's rows hold the result: each thread overwrites only what it alone has read */
-            *(float4 *)(sums + n * S::PITCH + channel) = sum;
-            if (channel == 0) info[n].w = total;
+            /* warps' rows hold it: each thread overwrites only what it alone has read */
+            *(float4 *)(sums + (group * NQ + n) * S::PITCH + channel) = sum;
+            if (channel == 0) group_ends[group * NQ + n] = make_float2(shift, total);
+        }
+        meet<WARPS>(); /* also: nobody reads other blocks' parts any more */
+        for (int i = threadIdx.x; i < S::ITEMS; i += THREADS) {
+            const int n = i / (D / 4), channel = i % (D / 4) * 4;
+            float2 end = group_ends[n];
+            float4 sum = *(const float4 *)(sums + n * S::PITCH + channel);
+#pragma unroll
+            for (int k = 1; k < S::GROUPS; k++)
+                add_part(end.x, end.y, sum, group_ends[k * NQ + n],
+                         *(const float4 *)(sums + (k * NQ + n) * S::PITCH + channel));
+            if (first) {
+                *(float4 *)(sums + n * S::PITCH + channel) = sum;
+                if (channel == 0) info[n].w = end.y;
+            } else { /* to the block that finishes the list */
+                const int64_t at = (int64_t)(block * a.chunks + chunk) * NQ + n;
+                *(float4 *)(a.parts + at * D + channel) =
+                    make_float4(not_empty(sum.x), not_empty(sum.y), not_empty(sum.z), not_empty(sum.w));
+                if (channel == 0) a.part_sums[at] = make_float2(not_empty(end.x), not_empty(end.y));
+            }
         }
         if (first) {
-            meet<WARPS>(); /* also: nobody reads partial results any more */
+            meet<WARPS>();
+#pragma unroll 1
+            for (int n = warp; n < NQ; n += WARPS)
+                store_query<D>(a, list, chunk * NQ + n, sums + n * S::PITCH, info[n].w);
             if (!alone)
 #pragma unroll 1
                 for (int i = threadIdx.x; i < (share.blocks - 1) * NQ * D / 4; i += THREADS) {
@@ -335,14 +368,13 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
                     ((float4 *)a.parts)[from * (NQ * D / 4) + i % (NQ * D / 4)] = make_float4(nan, nan, nan, nan);
                     if (i % (NQ * D / 4) < NQ) a.part_sums[from * NQ + i % (NQ * D / 4)] = make_float2(nan, nan);
                 }
-#pragma unroll 1
-            for (int n = warp; n < NQ; n += WARPS)
-                store_query<D>(a, list, chunk * NQ + n, sums + n * S::PITCH, info[n].w);
         }
     }
 }
 
-/* Copies of a warp that fit; with 16 queries it looks at all pieces of K together. */
+constexpr int LEAST_SLOTS = 2;
+
+/* Copies of a warp that fit. */
 template <int D, int NQ> int slots_for(int shared_most) {
     using S = sizes<D, NQ>;
     return (shared_most - S::FIXED_BYTES - S::WARPS * rings::WARP_BYTES - 128) / (S::WARPS * rings::SLOT_BYTES);
@@ -355,7 +387,7 @@ template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, in
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
     a.slots = slots_for<D, NQ>(shared_most);
-    if (a.slots < 2) return cudaErrorInvalidConfiguration;
+    if (a.slots < LEAST_SLOTS) return cudaErrorInvalidConfiguration;
     a.slots = a.slots > 6 ? 6 : a.slots;
     const int bytes = S::FIXED_BYTES + S::WARPS * (rings::WARP_BYTES + a.slots * rings::SLOT_BYTES);
     if (device >= 64 || prepared[device] < bytes) {
@@ -377,20 +409,35 @@ template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, in
     return cudaLaunchKernelEx(&config, attend_kernel<D, NQ>, a);
 }
 
-/* For D = 256 chunks have 8 queries at most: registers. Devices with little shared memory take 8 as well. */
-template <int D> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
-    if (a.columns <= 4) return launch_attend<D, 4>(a, blocks, shared_most, stream);
+/* Queries of a block. For D = 256 at most 8: registers. 16 look at all pieces of a 16-bit K together. 0: devices of so
+ * little shared memory are not served here. */
+template <int D> int queries_of_block(int columns, int shared_most) {
+    if (columns <= 4) return slots_for<D, 4>(shared_most) >= LEAST_SLOTS ? 4 : 0;
     if constexpr (D <= 128)
-        if (a.columns > 8 && slots_for<D, 16>(shared_most) >= (D / 16 + 1) / 2)
-            return launch_attend<D, 16>(a, blocks, shared_most, stream);
-    return launch_attend<D, 8>(a, blocks, shared_most, stream);
+        if (columns > 8 && slots_for<D, 16>(shared_most) >= (D / 16 + 1) / 2) return 16;
+    return slots_for<D, 8>(shared_most) >= LEAST_SLOTS ? 8 : 0;
+}
+
+template <int D> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    switch (queries_of_block<D>(a.columns, shared_most)) {
+    case 4: return launch_attend<D, 4>(a, blocks, shared_most, stream);
+    case 8: return launch_attend<D, 8>(a, blocks, shared_most, stream);
+    case 16:
+        if constexpr (D <= 128) return launch_attend<D, 16>(a, blocks, shared_most, stream);
+    default: return cudaErrorInvalidConfiguration;
+    }
 }
 
 } // namespace
 
 /* One a head dimension, each in a file of its own, so that they compile side by side. */
 cudaError_t kvc_launch_attend_64(void *job, int blocks, int shared_most, cudaStream_t stream);
+bool kvc_serves_attend_64(int columns, int shared_most);
 cudaError_t kvc_launch_attend_80(void *job, int blocks, int shared_most, cudaStream_t stream);
+bool kvc_serves_attend_80(int columns, int shared_most);
 cudaError_t kvc_launch_attend_96(void *job, int blocks, int shared_most, cudaStream_t stream);
+bool kvc_serves_attend_96(int columns, int shared_most);
 cudaError_t kvc_launch_attend_128(void *job, int blocks, int shared_most, cudaStream_t stream);
+bool kvc_serves_attend_128(int columns, int shared_most);
 cudaError_t kvc_launch_attend_256(void *job, int blocks, int shared_most, cudaStream_t stream);
+bool kvc_serves_attend_256(int columns, int shared_most);

@@ -1,114 +1,64 @@
 /* attend_page.cuh: one page of one warp: logits from K's codes, weights, V's codes times weights.
  *
- * The 16-row side of every product is tokens (K) or channels (V), the 8-column side is queries. Fragments are a lane's
- * words of the page as they lie (format.h): lane = 4*r + c holds rows r and r + 8.
+ * The 16-row side of every product is tokens (K) or channels (V), the 8-column side is queries: four of them, each in
+ * two parts side by side, so that a lane's two columns are one query's. Fragments are a lane's words of the page as
+ * they lie (format.h): lane = 4*r + c holds rows r and r + 8, and query c of each column tile.
  *
- * K below 16 bits: integer products with q in 16-bit fixed point, its high and low bytes in columns of their own. Codes
- * stay where they are in their byte: a mask is all it takes, and powers of two go into the scale. Class 16: q in two
- * 16-bit floats. Logits are in bits (log2 e is in q's factor).
+ * Codes below 16 bits meet integers: q (for K), and weight times V's scale (for V), in 16-bit fixed point, whose parts
+ * are the high and the low byte. Sums are exact. Codes stay where they are in their byte where a mask is all it takes,
+ * and powers of two go into the factors. Weights' unit is chosen so that a page's largest one has 11 to 16 bits; sums
+ * are emptied into fp32 in shared memory when it changes. With 16 queries registers do not suffice for V's integer
+ * sums: fp16 takes their place, and a lane's two columns are two queries.
  *
- * V: a code or-ed into a mantissa is a constant plus the code. Constants above 16 are subtracted, as the tensor cores'
- * sums, which they would swell, are truncated; the share of what is left comes from a product of its own (`bias`).
- * The scale is in the weight, the zero in `zeros`.
- */
+ * Class 16: q and weights in two 16-bit floats. Logits are in bits (log2 e is in q's factor), and from the start
+ * relative to the weights' unit. */
 #pragma once
+#include "attend_codes.cuh"
 #include "attend_ring.cuh"
 
 namespace {
 
-/* The code whose value V's sums are taken around, and the zero's share is moved to. */
-__host__ __device__ constexpr int sum_code(int bits) { return bits == 2 ? 2 : bits == 3 ? 4 : bits == 4 ? 6 : 128; }
-
-/* A pair of fp16 numbers x: multiples of 1/2, of 1 from 1024 on, below 2048. */
-__host__ __device__ constexpr uint32_t pair_of(float x) {
-    int n = (int)(2 * (x < 0 ? -x : x)), e = 0;
-    if (n == 0) return 0;
-    while (n >> e > 1) e++;
-    return (uint32_t)((x < 0 ? 0x8000 : 0) | (e + 14) << 10 | ((e > 10 ? n >> (e - 10) : n << (10 - e)) & 1023)) *
-           0x10001u;
-}
-
-template <int BY> __device__ __forceinline__ uint32_t less(uint32_t x) {
-    constexpr uint32_t by = pair_of(BY);
-    uint32_t y;
-    asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(x), "r"(by));
-    return y;
-}
-
-/* V's codes of one word as half2: rows r and r + 8 of tokens 2c, 2c + 1, then of tokens 2c + 8, 2c + 9; in rows r less
- * sum_code, in rows r + 8 with a constant. */
-__device__ __forceinline__ void four_bits(uint32_t (&a)[4], uint32_t w) {
-    const uint32_t other = __funnelshift_r(w, w, 8);
-    a[0] = less<256 + sum_code(4)>(pick<0x003c003cu, 0x5c005c00u>(w));
-    a[1] = pick<0x03c003c0u, 0x4c004c00u>(w);
-    a[2] = less<256 + sum_code(4)>(pick<0x003c003cu, 0x5c005c00u>(other));
-    a[3] = pick<0x03c003c0u, 0x4c004c00u>(other);
-}
-
-template <int ODD> __device__ __forceinline__ void two_bits(uint32_t (&a)[4], uint32_t w, uint32_t other) {
-    constexpr int large = (ODD ? 64 : 256) + sum_code(2);
-    a[0] = less<large>(ODD ? pick<0x00300030u, 0x54005400u>(w) : pick<0x000c000cu, 0x5c005c00u>(w));
-    a[1] = ODD ? pick<0x03000300u, 0x44004400u>(w) : pick<0x00c000c0u, 0x4c004c00u>(w);
-    a[2] = less<large>(ODD ? pick<0x00300030u, 0x54005400u>(other) : pick<0x000c000cu, 0x5c005c00u>(other));
-    a[3] = ODD ? pick<0x03000300u, 0x44004400u>(other) : pick<0x00c000c0u, 0x4c004c00u>(other);
-}
-
-/* w, high: low two bits, high bit shifted to its place beside them. */
-template <int ODD> __device__ __forceinline__ void three_bits(uint32_t &low, uint32_t &up, uint32_t w, uint32_t high) {
-    if (ODD) {
-        low = less<256 + sum_code(3)>(pick_or<0x00100010u>(high, pick<0x000c000cu, 0x5c005c00u>(w)));
-        up = pick_or<0x01000100u>(high, pick<0x00c000c0u, 0x4c004c00u>(w));
-    } else {
-        low = less<1024 + sum_code(3)>(pick_or<0x00040004u>(high, pick<0x00030003u, 0x64006400u>(w)));
-        up = less<64 + sum_code(3)>(pick_or<0x00400040u>(high, pick<0x00300030u, 0x54005400u>(w)));
-    }
-}
-
-/* The constant in rows r + 8 of a token tile; 0: none. */
-__host__ __device__ constexpr int kept(int bits, int odd) {
-    return bits == 4 ? 16 : bits == 2 ? (odd ? 4 : 16) : bits == 3 && odd ? 16 : 0;
-}
+/* What a warp's sums of V hold. */
+enum { SUMS_NONE, SUMS_SHIFTED, SUMS_BYTES, SUMS_FLOAT }; /* SHIFTED: rows r + 8 are 16 times too large */
 
 template <int D, int NQ> struct worker {
     using S = sizes<D, NQ>;
-    static constexpr int TILES = S::TILES, CT = S::CT, TS = S::TS, QT = S::QT;
-    static constexpr bool PAIR = S::PAIR;
+    static constexpr int TILES = S::TILES, QT = S::QT, VT = S::VT, PARTS = S::PARTS;
+    static constexpr bool INTEGER = S::INTEGER; /* V's codes meet integers */
 
     const attend_job &a;
     ring copies;
     const uint2 *code_fragments, *half_fragments;
     float *sums; /* (NQ, PITCH): this warp's, emptied into */
     int lane, r, c;
-    bool upper; /* with PAIR: of the lanes that have the odd token tiles */
-    /* of a lane's two queries in each column tile */
-    float factor[CT][2], total[CT][2]; /* of an integer product; of zeros: sum of q */
-    int hidden[CT][2];                 /* how many of the list's last tokens it does not see */
-    float shift[CT][2], drained[CT][2], weights[CT][2], zeros[CT][2];
-    float sum[TILES][CT][4], bias[CT][4];
-    int since_drain;
-    int joint; /* bytes of K in the slot that holds the whole page; 0: K and V have slots of their own */
+    /* of a lane's query in each column tile */
+    float factor[QT], total[QT]; /* of an integer product; of zeros: sum of q */
+    int hidden[QT];              /* how many of the list's last tokens it does not see */
+    float shift[QT], drained[QT], weights[QT], zeros[QT];
+    float top[QT];              /* the greatest shift so far; NOTHING before a token is seen */
+    uint32_t sum[TILES][VT][4]; /* int32, or fp32: `held` */
+    int middles[QT];            /* sum of weights times twice the middle code, of this lane's column of weights */
+    int held, since_drain;
+    int joint; /* bytes of K in the slot that holds the whole page; 0: K and V
+                  have slots of their own */
     bool has_sums;
     int tail_page, tail_tokens; /* of the list */
 
     __device__ __forceinline__ worker(const attend_job &a, const rings &all, int warp)
-        : a(a), copies(all, warp), lane(threadIdx.x & 31), r(lane >> 2), c(lane & 3), upper(c >= 2) {}
+        : a(a), copies(all, warp), lane(threadIdx.x & 31), r(lane >> 2), c(lane & 3) {}
 
-    /* The first column tile's query of this lane. */
-    __device__ __forceinline__ int query(int ct, int g) const { return PAIR ? (c & 1) * 2 + g : 8 * ct + 2 * c + g; }
+    __device__ __forceinline__ int query(int t) const { return 4 * t + c; }
 
-    /* Token of the page in a lane's token tile u, row half x. */
-    __device__ __forceinline__ int token(int u, int x) const { return 16 * (PAIR ? 2 * u + upper : u) + r + 8 * x; }
+    /* Token of the page that is a lane's j-th, of 8. */
+    __device__ __forceinline__ int token(int j) const { return r + 8 * j; }
 
     __device__ __forceinline__ void begin_list(int list) {
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-            for (int g = 0; g < 2; g++) {
-                shift[ct][g] = drained[ct][g] = NOTHING;
-                weights[ct][g] = zeros[ct][g] = 0;
-            }
+        for (int t = 0; t < QT; t++) {
+            shift[t] = weights[t] = zeros[t] = 0;
+            drained[t] = top[t] = NOTHING;
+        }
         clear_sums();
-        since_drain = 0;
         has_sums = false;
         if (a.q > 1) { /* then the kernel before has ended (`early`) */
             tail_page = a.lists[list].tail_page;
@@ -117,212 +67,142 @@ template <int D, int NQ> struct worker {
     }
 
     __device__ __forceinline__ void clear_sums() {
+        held = SUMS_NONE;
+        since_drain = 0;
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) middles[t] = 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                bias[ct][j] = 0;
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
-                for (int i = 0; i < TILES; i++) sum[i][ct][j] = 0;
-            }
+            for (int v = 0; v < VT; v++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[i][v][j] = 0;
     }
 
     /* ---- scales */
 
     /* Scales and zeros of this lane's tokens; `scales` is what follows a half's codes. */
-    __device__ __forceinline__ void steps(float (&scale)[TS][2], float (&zero)[TS][2], const char *scales) const {
-        if (!a.e5m3 && a.zero_point) {
-            half2 pairs[TS][2];
+    template <bool PLAIN>
+    __device__ __forceinline__ void steps(float (&scale)[8], float (&zero)[8], const char *scales) const {
+        if (PLAIN || (!a.e5m3 && a.zero_point)) {
+            half2 pairs[8];
 #pragma unroll
-            for (int u = 0; u < TS; u++)
+            for (int j = 0; j < 8; j++) pairs[j] = ((const half2 *)scales)[token(j)];
 #pragma unroll
-                for (int i = 0; i < 2; i++) pairs[u][i] = ((const half2 *)scales)[token(u, i)];
-#pragma unroll
-            for (int u = 0; u < TS; u++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    scale[u][i] = __low2float(pairs[u][i]), zero[u][i] = __high2float(pairs[u][i]);
+            for (int j = 0; j < 8; j++) scale[j] = __low2float(pairs[j]), zero[j] = __high2float(pairs[j]);
         } else {
             const int bytes = (a.e5m3 ? 1 : 2) * (a.zero_point ? 2 : 1);
 #pragma unroll
-            for (int u = 0; u < TS; u++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const char *at = scales + token(u, i) * bytes;
-                    const uint32_t word = bytes == 1 ? *(const uint8_t *)at : *(const uint16_t *)at;
-                    zero[u][i] = 0;
-                    if (a.e5m3) {
-                        scale[u][i] = __uint_as_float((word & 0xff) << 20) * 0x1p112f;
-                        if (a.zero_point) zero[u][i] = scale[u][i] * (float)(int8_t)(word >> 8) * 0.125f;
-                    } else {
-                        scale[u][i] = __half2float(__ushort_as_half((uint16_t)word));
-                    }
+            for (int j = 0; j < 8; j++) {
+                const char *at = scales + token(j) * bytes;
+                const uint32_t word = bytes == 1 ? *(const uint8_t *)at : *(const uint16_t *)at;
+                zero[j] = 0;
+                if (a.e5m3) {
+                    scale[j] = __uint_as_float((word & 0xff) << 20) * 0x1p112f;
+                    if (a.zero_point) zero[j] = scale[j] * (float)(int8_t)(word >> 8) * 0.125f;
+                } else {
+                    scale[j] = __half2float(__ushort_as_half((uint16_t)word));
                 }
+            }
         }
     }
 
     /* ---- K */
 
-    /* The low and the high part of q beside each other in lanes c and c ^ 2 become one logit of one of two tiles. */
-    template <typename number> __device__ __forceinline__ number joined(number even, number odd, number high) const {
-        const number sent = upper ? even : odd, kept = upper ? odd : even;
-        const number other = __shfl_xor_sync(ALL, sent, 2);
-        return upper ? kept + high * other : high * kept + other;
-    }
+    /* What is taken off logits at once: with a cap nothing. */
+    __device__ __forceinline__ float base(int t) const { return a.softcap > 0 ? 0.0f : shift[t]; }
 
-    /* Logits, not yet capped or masked, of a page of 64 tokens. */
-    template <int BITS> __device__ __forceinline__ void code_logits(float (&x)[CT][TS][4]) {
+    /* Products of q and K's codes, in units of both, of a page of 64 tokens, whose first piece is there. Returns where
+     * its last piece lies, which is not given back yet; where q has more column tiles than are looked at at once none
+     * is. */
+    template <int BITS> __device__ __forceinline__ const char *code_products(float (&x)[QT][8]) {
         using C = piece<BITS, 64>;
-        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, VECTORS = BITS == 8 ? 2 : 1;
-        constexpr int PARTS = PAIR ? 1 : 2; /* column tiles of q that belong to one of queries */
-        const char *scales = nullptr;
+        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES;
+        const char *last = nullptr;
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++) {
-            int t[4][PARTS][4] = {}, high[BITS == 3 ? 4 : 1][PARTS][4] = {};
+        for (int first = 0; first < QT; first += PARTS) {
+            int t[4][PARTS][4] = {};
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
-                const char *at = copies.arrived(CT == 1 ? 0 : p);
+                const char *at = last = p == 0 ? copies.next() : copies.arrived(QT == PARTS ? 0 : p);
                 const int tiles = p + 1 < PIECES ? C::TILES : TILES - (PIECES - 1) * C::TILES;
-                if (p == PIECES - 1) scales = at + tiles * C::TILE_BYTES;
 #pragma unroll
                 for (int i = 0; i < tiles; i += 2) {
-                    uint32_t w[2][4 * VECTORS], h[2];
+                    uint32_t rows[2][4][2];
                     uint2 q[PARTS];
 #pragma unroll
                     for (int k = 0; k < PARTS; k++)
-                        q[k] =
-                            code_fragments[((ct * PARTS + k) * ((TILES + 1) / 2) + (p * C::TILES + i) / 2) * 32 + lane];
+                        q[k] = code_fragments[((first + k) * ((TILES + 1) / 2) + (p * C::TILES + i) / 2) * 32 + lane];
+                    codes<BITS, false>(rows[0], at + i * C::TILE_BYTES, lane);
+                    if (i + 1 < tiles) codes<BITS, false>(rows[1], at + (i + 1) * C::TILE_BYTES, lane);
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        const char *tile = at + (i + k) * C::TILE_BYTES;
-                        if (i + k >= tiles) continue;
-                        if constexpr (BITS == 2 || BITS == 3) {
-                            const uint2 two = ((const uint2 *)tile)[lane];
-                            w[k][0] = two.x, w[k][1] = two.y;
-                            if (BITS == 3) h[k] = ((const uint32_t *)tile)[64 + lane];
-                        } else {
-#pragma unroll
-                            for (int v = 0; v < VECTORS; v++) {
-                                const uint4 four = ((const uint4 *)tile)[32 * v + lane];
-                                w[k][4 * v] = four.x, w[k][4 * v + 1] = four.y;
-                                w[k][4 * v + 2] = four.z, w[k][4 * v + 3] = four.w;
-                            }
-                        }
-                    }
-#pragma unroll
-                    for (int u = 0; u < 4; u++) {
-                        uint32_t rows[2][2];
-#pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            if (i + k >= tiles) continue;
-                            if constexpr (BITS == 8) {
-                                rows[k][0] = w[k][u], rows[k][1] = w[k][4 + u];
-                            } else if constexpr (BITS == 4) {
-                                rows[k][0] = w[k][u] & 0x0f0f0f0fu, rows[k][1] = w[k][u] & 0xf0f0f0f0u;
-                            } else {
-                                rows[k][0] = w[k][u >> 1] & 0x03030303u << 2 * (u & 1);
-                                rows[k][1] = w[k][u >> 1] & 0x30303030u << 2 * (u & 1);
-                            }
-                        }
+                    for (int u = 0; u < 4; u++)
 #pragma unroll
                         for (int k = 0; k < PARTS; k++)
                             if (i + 1 < tiles)
-                                mma_u8(t[u][k], rows[0][0], rows[0][1], rows[1][0], rows[1][1], q[k].x, q[k].y);
+                                mma_u8(t[u][k], rows[0][u][0], rows[0][u][1], rows[1][u][0], rows[1][u][1], q[k].x,
+                                       q[k].y);
                             else
-                                mma_u8(t[u][k], rows[0][0], rows[0][1], q[k].x);
-                        if constexpr (BITS == 3) {
-#pragma unroll
-                            for (int k = 0; k < PARTS; k++)
-                                if (i + 1 < tiles)
-                                    mma_u8(high[u][k], h[0] & 0x01010101u << u, h[0] & 0x10101010u << u,
-                                           h[1] & 0x01010101u << u, h[1] & 0x10101010u << u, q[k].x, q[k].y);
-                                else
-                                    mma_u8(high[u][k], h[0] & 0x01010101u << u, h[0] & 0x10101010u << u, q[k].x);
-                        }
-                    }
+                                mma_u8(t[u][k], rows[0][u][0], rows[0][u][1], q[k].x);
                 }
-                if (CT == 1 && p + 1 < PIECES) copies.release();
-            }
-            if constexpr (BITS == 3) { /* both in units of the low bits' place */
-                constexpr int times[4] = {4, 8, 1, 2};
-#pragma unroll
-                for (int u = 0; u < 4; u++)
-#pragma unroll
-                    for (int k = 0; k < PARTS; k++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) t[u][k][j] += times[u] * high[u][k][j];
+                if (QT == PARTS && p + 1 < PIECES) copies.release();
             }
 #pragma unroll
-            for (int u = 0; u < TS; u++)
+            for (int k = 0; k < PARTS; k++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    if constexpr (PAIR && BITS == 3) /* too large for an int */
-                        x[ct][u][j] = joined((float)t[2 * u][0][j], (float)t[2 * u + 1][0][j], 256.0f);
-                    else if constexpr (PAIR)
-                        x[ct][u][j] = __int2float_rn(joined(t[2 * u][0][j], t[2 * u + 1][0][j], 256));
-                    else if constexpr (BITS == 3)
-                        x[ct][u][j] = fmaf(256.0f, (float)t[u][0][j], (float)t[u][1][j]);
-                    else
-                        x[ct][u][j] = __int2float_rn(256 * t[u][0][j] + t[u][1][j]);
+                for (int j = 0; j < 8; j++)
+                    x[first + k][j] = __int2float_rn(256 * t[j >> 1][k][2 * (j & 1)] + t[j >> 1][k][2 * (j & 1) + 1]);
         }
-        /* What a code's place in its byte multiplies it by: 16 in rows r + 8, 4 in odd tiles of 2 and 3 bits. */
-        float scale[TS][2], zero[TS][2];
-        steps(scale, zero, scales);
-#pragma unroll
-        for (int u = 0; u < TS; u++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                zero[u][i] = fmaf(scale[u][i], -kvc_mid(BITS), zero[u][i]);
-                if (BITS < 8 && i) scale[u][i] *= 1.0f / 16;
-                if (BITS < 4) scale[u][i] *= (PAIR ? upper : u & 1) ? 0.25f : 1.0f;
-#pragma unroll
-                for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-                    for (int g = 0; g < 2; g++)
-                        x[ct][u][2 * i + g] =
-                            fmaf(scale[u][i] * factor[ct][g], x[ct][u][2 * i + g], zero[u][i] * total[ct][g]);
-            }
-        release_keys<PIECES>();
+        return last;
     }
 
-    /* K's pieces that are still there have been read; not a slot that holds V as well. */
-    template <int PIECES> __device__ __forceinline__ void release_keys() {
-        if (joint) return;
+    /* Logits, not yet capped or masked, from products; `scales`: behind K's codes. */
+    template <bool PLAIN>
+    __device__ __forceinline__ void scale_products(float (&x)[QT][8], const char *scales, int bits) const {
+        float scale[8], zero[8];
+        steps<PLAIN>(scale, zero, scales);
+        const float middle = -0.5f * (float)((1 << bits) - 1);
+        const float up = bits < 8 ? 1.0f / 16 : 1.0f; /* of rows r + 8 */
+        const float odd = bits == 2 ? 0.25f : 1.0f;   /* of odd token tiles */
 #pragma unroll
-        for (int p = CT == 1 ? PIECES - 1 : 0; p < PIECES; p++) copies.release();
+        for (int t = 0; t < QT; t++) {
+            const float of[4] = {factor[t], factor[t] * up, factor[t] * odd, factor[t] * up * odd};
+            const float off = middle * total[t], less = PLAIN ? -shift[t] : -base(t);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                x[t][j] = fmaf(scale[j], fmaf(x[t][j], of[j & 3], off), fmaf(zero[j], total[t], less));
+        }
     }
 
     /* V's first piece, in a slot of its own or behind K's. */
-    __device__ __forceinline__ const char *values_arrived() {
-        return joint ? copies.arrived() + joint : copies.arrived();
+    __device__ __forceinline__ const char *values_arrived() { return joint ? copies.next() + joint : copies.arrived(); }
+
+    /* A lane's words of one channel tile of 16-bit values. */
+    template <int P> __device__ __forceinline__ void load_tile(uint4 (&w)[4], const char *tile) const {
+        const uint4 *vector = (const uint4 *)tile + lane;
+#pragma unroll
+        for (int v = 0; v < (P == 16 ? 1 : 4); v++) w[v] = vector[32 * v];
     }
 
     /* Of 16-bit values; P = 16 or 64 tokens. */
-    template <int P> __device__ __forceinline__ void half_logits(float (&x)[CT][TS][4]) {
+    template <int P> __device__ __forceinline__ void half_logits(float (&x)[QT][8]) {
         using C = piece<16, P>;
-        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, PARTS = PAIR ? 1 : 2, T = P / 16;
+        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, T = P / 16;
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++) {
+        for (int first = 0; first < QT; first += PARTS) {
             float t[T][PARTS][4] = {};
 #pragma unroll 1
             for (int p = 0; p < PIECES; p++) {
-                const char *at = copies.arrived(CT == 1 ? 0 : p);
+                const char *at = copies.arrived(QT == PARTS ? 0 : p);
 #pragma unroll
                 for (int i = 0; i < C::TILES; i++) {
                     const int tile = p * C::TILES + i;
                     if (tile >= TILES) break;
                     uint2 q[PARTS];
 #pragma unroll
-                    for (int k = 0; k < PARTS; k++)
-                        q[k] = half_fragments[((ct * PARTS + k) * TILES + tile) * 32 + lane];
-                    const uint4 *vector = (const uint4 *)(at + i * C::TILE_BYTES) + lane;
+                    for (int k = 0; k < PARTS; k++) q[k] = half_fragments[((first + k) * TILES + tile) * 32 + lane];
                     uint4 w[4];
-                    if (P == 16) {
-                        w[0] = vector[0];
-                    } else {
-#pragma unroll
-                        for (int v = 0; v < 4; v++) w[v] = vector[32 * v];
-                    }
+                    load_tile<P>(w, at + i * C::TILE_BYTES);
 #pragma unroll
                     for (int u = 0; u < T; u++) {
                         uint32_t row[4];
@@ -335,26 +215,21 @@ template <int D, int NQ> struct worker {
                                 mma_f16(t[u][k], row[0], row[1], row[2], row[3], q[k].x, q[k].y);
                     }
                 }
-                if (CT == 1) copies.release();
+                if (QT == PARTS) copies.release();
             }
 #pragma unroll
-            for (int u = 0; u < TS; u++)
+            for (int k = 0; k < PARTS; k++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float value = 0;
-                    bool there = false;
-                    if constexpr (PAIR) {
-                        if (2 * u < T)
-                            value = joined(t[2 * u % T][0][j], 2 * u + 1 < T ? t[(2 * u + 1) % T][0][j] : 0.0f, 1.0f);
-                        there = 2 * u + upper < T;
-                    } else if (u < T) {
-                        value = t[u % T][0][j] + t[u % T][1][j];
-                        there = true;
+                for (int j = 0; j < 8; j++)
+                    if (j < 2 * T) {
+                        const float (&both)[4] = t[(j >> 1) % T][k];
+                        const float value = both[2 * (j & 1)] + both[2 * (j & 1) + 1];
+                        x[first + k][j] = fmaf(value, 256.0f * factor[first + k], -base(first + k));
+                    } else {
+                        x[first + k][j] = -INFINITY;
                     }
-                    x[ct][u][j] = there ? 256.0f * value * factor[ct][j & 1] : -INFINITY;
-                }
         }
-        if (CT > 1)
+        if (QT > PARTS)
 #pragma unroll 1
             for (int p = 0; p < PIECES; p++) copies.release();
     }
@@ -371,22 +246,19 @@ template <int D, int NQ> struct worker {
 
     /* ---- caps, masks */
 
-    __device__ __forceinline__ void cap(float (&x)[CT][TS][4]) const {
+    __device__ __forceinline__ void cap(float (&x)[QT][8]) const {
         if (a.softcap > 0) {
 #pragma unroll
-            for (int ct = 0; ct < CT; ct++)
+            for (int t = 0; t < QT; t++)
 #pragma unroll
-                for (int u = 0; u < TS; u++)
-#pragma unroll
-                    for (int j = 0; j < 4;
-                         j++) { /* x is 2 log2 e times logit / cap; tanh by one power, or its series */
-                        const float size = fabsf(x[ct][u][j]), power = exp2_of(fminf(size, 64.0f));
-                        const float y = size * (0.5f / LOG2E), square = y * y;
-                        const float series = y * fmaf(square, fmaf(square, 2.0f / 15, -1.0f / 3), 1.0f);
-                        const float tanh = y < 0.1f ? series : 1.0f - 2.0f / (power + 1.0f);
-                        if (fabsf(x[ct][u][j]) < INFINITY)
-                            x[ct][u][j] = copysignf(tanh, x[ct][u][j]) * (a.softcap * LOG2E);
-                    }
+                for (int j = 0; j < 8; j++) { /* x is 2 log2 e times logit / cap; tanh by one power, or its series */
+                    const float size = fabsf(x[t][j]), power = exp2_of(fminf(size, 64.0f));
+                    const float y = size * (0.5f / LOG2E), square = y * y;
+                    const float series = y * fmaf(square, fmaf(square, 2.0f / 15, -1.0f / 3), 1.0f);
+                    const float tanh = y < 0.1f ? series : 1.0f - 2.0f / (power + 1.0f);
+                    if (size < INFINITY) x[t][j] = copysignf(tanh, x[t][j]) * (a.softcap * LOG2E);
+                    x[t][j] -= shift[t];
+                }
         }
     }
 
@@ -399,208 +271,255 @@ template <int D, int NQ> struct worker {
         return behind;
     }
 
-    __device__ __forceinline__ void mask(float (&x)[CT][TS][4], const page_note &note, int room) const {
-        const int tokens = note.kind >> 16 & 0xff;
-        const int behind = a.q > 1 ? tokens_behind(note.list, note.page, tokens) : 0;
-        if (tokens == room && (a.q == 1 || behind >= a.q)) return;
+    __device__ __forceinline__ void mask(float (&x)[QT][8], int tokens, int behind) const {
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) {
+            const int seen = tokens - (a.q > 1 ? max(0, hidden[t] - behind) : 0);
 #pragma unroll
-            for (int g = 0; g < 2; g++) {
-                const int seen = tokens - (a.q > 1 ? max(0, hidden[ct][g] - behind) : 0);
-#pragma unroll
-                for (int u = 0; u < TS; u++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        if (token(u, i) >= seen) x[ct][u][2 * i + g] = -INFINITY;
-            }
+            for (int j = 0; j < 8; j++)
+                if (token(j) >= seen) x[t][j] = -INFINITY;
+        }
     }
 
     /* ---- weights and V */
 
-    /* A new shift where some weight times scale would leave fp16. `most`: greatest logit plus log2 of V's scale. */
-    __device__ __forceinline__ void rescale(float (&most)[CT][2]) {
-        bool over = false;
+    /* Weights of a page's tokens, times V's scale, plus `above`; what they add to the sums; the greatest. */
+    __device__ __forceinline__ void weigh(float (&n)[QT][8], float (&weight)[QT], float (&offset)[QT],
+                                          float (&most)[QT], const float (&x)[QT][8], const float (&scale)[8],
+                                          const float (&zero)[8], float above) const {
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) {
+            weight[t] = offset[t] = most[t] = 0;
 #pragma unroll
-            for (int g = 0; g < 2; g++) over = over || most[ct][g] > shift[ct][g] + SHIFT_MOST;
-        if (!__any_sync(ALL, over)) return;
-#pragma unroll
-        for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-            for (int g = 0; g < 2; g++) {
-#pragma unroll
-                for (int o = PAIR ? 2 : 4; o < 32; o <<= 1)
-                    most[ct][g] = fmaxf(most[ct][g], __shfl_xor_sync(ALL, most[ct][g], o));
-                const float next = fmaxf(shift[ct][g], most[ct][g] - SHIFT_AT), by = exp2_of(shift[ct][g] - next);
-                shift[ct][g] = next;
-                weights[ct][g] *= by;
-                zeros[ct][g] *= by;
-                bias[ct][2 + g] *= by;
-#pragma unroll
-                for (int i = 0; i < TILES; i++) {
-                    sum[i][ct][g] *= by;
-                    sum[i][ct][2 + g] *= by;
-                }
+            for (int j = 0; j < 8; j++) {
+                const float w = exp2_of(x[t][j]);
+                weight[t] += w;
+                offset[t] = fmaf(w, zero[j], offset[t]);
+                n[t][j] = fmaf(w, scale[j], above);
+                most[t] = fmaxf(most[t], n[t][j]);
             }
-    }
-
-    /* Weights of a token tile pair or tile u, row half i, from lanes of tokens to lanes of queries: fragments of the
-     * product with V. `pair` holds the lane's two queries. */
-    template <int T> __device__ __forceinline__ void spread(uint32_t (&p)[T][2], int u, int i, uint32_t pair) const {
-        const uint32_t turned = transposed(pair);
-        if constexpr (PAIR) { /* columns 0 to 3 are the even tile's, 4 to 7 the odd one's */
-            p[2 * u % T][i] = r < 4 ? turned : 0;
-            if (2 * u + 1 < T) p[(2 * u + 1) % T][i] = r < 4 ? 0 : turned;
-        } else {
-            p[u % T][i] = turned;
         }
     }
 
-    /* x: logits, or -inf. Adds the page's weights and V. */
-    template <int BITS> __device__ __forceinline__ void code_values(float (&x)[CT][TS][4]) {
-        using C = piece<BITS, 64>;
-        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, REST = TILES - (PIECES - 1) * C::TILES;
-        const char *at = values_arrived();
-        float scale[TS][2], zero[TS][2], most[CT][2];
+    /* Before a page's V: sums become what this page adds to, and get a new unit of weights where this page's are too
+     * large for 16 bits or, with integers, too small to be exact enough; then true, and x is relative to that. `most`:
+     * of `weigh`. */
+    __device__ __forceinline__ bool settle(float (&x)[QT][8], const float (&scale)[8], const float (&most)[QT],
+                                           float above, int what) {
+        bool large = false, small = false;
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++) most[ct][0] = most[ct][1] = -INFINITY;
-        steps(scale, zero, at + REST * C::TILE_BYTES);
-#pragma unroll
-        for (int u = 0; u < TS; u++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                zero[u][i] = fmaf(scale[u][i], (float)sum_code(BITS) - kvc_mid(BITS), zero[u][i]);
-                const float size = fmaxf(log2_of(scale[u][i]), -24.0f);
-#pragma unroll
-                for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-                    for (int g = 0; g < 2; g++) most[ct][g] = fmaxf(most[ct][g], x[ct][u][2 * i + g] + size);
+        for (int t = 0; t < QT; t++) {
+            large = large || !(most[t] <= above + MOST_WEIGHT);
+            if (INTEGER && what != SUMS_FLOAT) { /* of lanes with this query one must have a weight of some size */
+                uint32_t enough = __ballot_sync(ALL, most[t] >= above + LEAST_WEIGHT && top[t] > NOTHING);
+                enough |= enough >> 16;
+                enough |= enough >> 8;
+                small = small || ((enough | enough >> 4) & 0xf) != 0xf;
+            } else {
+                small = small || top[t] == NOTHING;
             }
-        rescale(most);
-        uint32_t p[CT][4][2];
+        }
+        const int limit = held == SUMS_FLOAT ? DRAIN_PAGES : DRAIN_PAGES_OF_CODES;
+        if (__builtin_expect(!__any_sync(ALL, large || small) && held == what && since_drain < limit, 1)) return false;
+        float logit[QT]; /* the greatest, plus log2 of V's scale */
+        bool change = large;
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) {
+            logit[t] = -INFINITY;
 #pragma unroll
-            for (int u = 0; u < TS; u++)
+            for (int j = 0; j < 8; j++) logit[t] = fmaxf(logit[t], x[t][j] + fmaxf(log2_of(scale[j]), -24.0f));
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float first = exp2_of(x[ct][u][2 * i] - shift[ct][0]);
-                    const float second = exp2_of(x[ct][u][2 * i + 1] - shift[ct][1]);
-                    weights[ct][0] += first;
-                    weights[ct][1] += second;
-                    zeros[ct][0] = fmaf(first, zero[u][i], zeros[ct][0]);
-                    zeros[ct][1] = fmaf(second, zero[u][i], zeros[ct][1]);
-                    spread<4>(p[ct], u, i, half2_bits(first * scale[u][i], second * scale[u][i]));
-                }
-        if constexpr (BITS < 8)
+            for (int o = 4; o < 32; o <<= 1) logit[t] = fmaxf(logit[t], __shfl_xor_sync(ALL, logit[t], o));
+            const float least = what == SUMS_FLOAT || !INTEGER ? -INFINITY : SHIFT_LEAST;
+            change = change || (logit[t] < least && logit[t] + shift[t] >= top[t] - SHIFT_NEGLIGIBLE) ||
+                     (top[t] == NOTHING && logit[t] > -INFINITY);
+        }
+        change = __any_sync(ALL, change);
+        if (since_drain && (change || held != what || since_drain >= limit)) drain();
+        held = what;
+        if (!change) return false;
 #pragma unroll
-            for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) {
+            if (!(fabsf(logit[t]) < INFINITY)) continue; /* nothing is seen, or a NaN */
+            const float lowest = top[t] == NOTHING ? NOTHING
+                                 : INTEGER         ? top[t] - SHIFT_NEGLIGIBLE - SHIFT_AT
+                                                   : shift[t];
+            const float next = fmaxf(logit[t] + shift[t] - SHIFT_AT, lowest), less = shift[t] - next;
+            const float by = top[t] == NOTHING ? 0.0f : exp2_of(less);
+            shift[t] = next;
+            top[t] = fmaxf(top[t], next);
+            weights[t] *= by;
+            zeros[t] *= by;
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[t][j] += less;
+        }
+        return true;
+    }
+
+    /* x: logits, or -inf. Adds a page's weights, and V's codes, which lie at `at`, times weight and scale. */
+    __device__ __forceinline__ void code_values(float (&x)[QT][8], const float (&scale)[8], float (&zero)[8],
+                                                const char *at, int bits) {
+        constexpr float ABOVE = INTEGER ? 0x1p23f : 0.0f; /* 2^23 + n: the integer is in the low bits */
+        float n[QT][8];
+        if (!INTEGER) {
+            const float off = (float)middle_code(bits) - 0.5f * (float)((1 << bits) - 1);
+#pragma unroll
+            for (int j = 0; j < 8; j++) zero[j] = fmaf(scale[j], off, zero[j]);
+        }
+        add_weights(n, x, scale, zero, ABOVE, !INTEGER ? SUMS_FLOAT : bits < 8 ? SUMS_SHIFTED : SUMS_BYTES);
+        if constexpr (INTEGER) {
+            uint32_t p[QT][4];
+#pragma unroll
+            for (int t = 0; t < QT; t++) {
+                uint32_t all = 0;
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-                    constexpr uint32_t even = kept(BITS, 0) ? pair_of(kept(BITS, 0) + sum_code(BITS)) : 0;
-                    constexpr uint32_t odd = kept(BITS, 1) ? pair_of(kept(BITS, 1) + sum_code(BITS)) : 0;
-                    const uint32_t up = u & 1 ? odd : even;
-                    if (up) mma_f16(bias[ct], 0, up, 0, up, p[ct][u][0], p[ct][u][1]);
+                    /* bytes of lanes of tokens become those of lanes of queries: p[t][u] holds, of token tile u, the
+                     * tokens 2c, 2c + 8, 2c + 1, 2c + 9 of column r: the high or the low byte of query r / 2 */
+                    p[t][u] =
+                        transposed(__byte_perm(__float_as_uint(n[t][2 * u]), __float_as_uint(n[t][2 * u + 1]), 0x4051));
+                    all = __dp4a(p[t][u], 0x01010101u, all);
                 }
-        add_values<BITS, REST>(at, (PIECES - 1) * C::TILES, p);
+                middles[t] += (int)all * ((1 << bits) - 1);
+            }
+            switch (bits) {
+            case 2: add_codes<2>(at, p); break;
+            case 3: add_codes<3>(at, p); break;
+            case 4: add_codes<4>(at, p); break;
+            default: add_codes<8>(at, p);
+            }
+        } else {
+            uint32_t p[VT][4][2];
+#pragma unroll
+            for (int v = 0; v < VT; v++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    p[v][j >> 1][j & 1] = transposed(half2_bits(n[2 * v % QT][j], n[(2 * v + 1) % QT][j]));
+            switch (bits) {
+            case 2: add_halves<2>(at, p); break;
+            case 3: add_halves<3>(at, p); break;
+            case 4: add_halves<4>(at, p); break;
+            default: add_halves<8>(at, p);
+            }
+        }
+    }
+
+    /* Weights into their sums; n: of `weigh`, in a unit that suits them. */
+    __device__ __forceinline__ void add_weights(float (&n)[QT][8], float (&x)[QT][8], const float (&scale)[8],
+                                                const float (&zero)[8], float above, int what) {
+        float weight[QT], offset[QT], most[QT];
+        bool settled = false;
+#pragma unroll 1
+        do {
+            weigh(n, weight, offset, most, x, scale, zero, above);
+            settled = settled || !settle(x, scale, most, above, what);
+            if (settled) break;
+            settled = true;
+        } while (true);
+        since_drain++;
+#pragma unroll
+        for (int t = 0; t < QT; t++) {
+            weights[t] += weight[t];
+            zeros[t] += offset[t];
+        }
+    }
+
+    /* V's pieces, the last one first, which is there. */
+    template <int BITS> __device__ __forceinline__ void add_codes(const char *at, const uint32_t (&p)[QT][4]) {
+        using C = piece<BITS, 64>;
+        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, REST = TILES - (PIECES - 1) * C::TILES;
+        add_code_tiles<BITS, REST>(at, (PIECES - 1) * C::TILES, p);
         copies.release();
 #pragma unroll
         for (int k = 0; k + 1 < PIECES; k++) {
-            add_values<BITS, C::TILES>(copies.arrived(), k * C::TILES, p);
+            add_code_tiles<BITS, C::TILES>(copies.arrived(), k * C::TILES, p);
             copies.release();
         }
     }
 
     /* Channel tiles first .. first + N - 1, which lie at `at`. */
     template <int BITS, int N>
-    __device__ __forceinline__ void add_values(const char *at, int first, const uint32_t (&p)[CT][4][2]) {
-        using C = piece<BITS, 64>;
+    __device__ __forceinline__ void add_code_tiles(const char *at, int first, const uint32_t (&p)[QT][4]) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const char *tile = at + i * C::TILE_BYTES;
-            uint32_t v[4][4]; /* of each token tile */
-            if constexpr (BITS == 2) {
-                const uint2 two = ((const uint2 *)tile)[lane];
-                const uint32_t x = __funnelshift_r(two.x, two.x, 8), y = __funnelshift_r(two.y, two.y, 8);
-                two_bits<0>(v[0], two.x, x);
-                two_bits<1>(v[1], two.x, x);
-                two_bits<0>(v[2], two.y, y);
-                two_bits<1>(v[3], two.y, y);
-            } else if constexpr (BITS == 3) {
-                const uint2 two = ((const uint2 *)tile)[lane];
-                const uint32_t high = ((const uint32_t *)tile)[64 + lane];
-                const uint32_t x = two.x >> 8, y = two.y >> 8;
-                three_bits<0>(v[0][0], v[0][1], two.x, high << 2);
-                three_bits<0>(v[0][2], v[0][3], x, high >> 6);
-                three_bits<1>(v[1][0], v[1][1], two.x, high << 3);
-                three_bits<1>(v[1][2], v[1][3], x, high >> 5);
-                three_bits<0>(v[2][0], v[2][1], two.y, high);
-                three_bits<0>(v[2][2], v[2][3], y, high >> 8);
-                three_bits<1>(v[3][0], v[3][1], two.y, high << 1);
-                three_bits<1>(v[3][2], v[3][3], y, high >> 7);
-            } else if constexpr (BITS == 4) {
-                const uint4 four = ((const uint4 *)tile)[lane];
-                four_bits(v[0], four.x);
-                four_bits(v[1], four.y);
-                four_bits(v[2], four.z);
-                four_bits(v[3], four.w);
-            } else {
-                const uint4 low = ((const uint4 *)tile)[lane], up = ((const uint4 *)tile)[32 + lane];
-                const uint32_t rows[2][4] = {{low.x, low.y, low.z, low.w}, {up.x, up.y, up.z, up.w}};
+            uint32_t rows[4][2];
+            codes<BITS, true>(rows, at + i * piece<BITS, 64>::TILE_BYTES, lane);
 #pragma unroll
-                for (int u = 0; u < 4; u++)
+            for (int u = 0; u < 4; u += 2)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const uint32_t bits = __byte_perm(rows[j & 1][u], 0x64646464u, j < 2 ? 0x4240 : 0x4341);
-                        v[u][j] = less<1024 + sum_code(8)>(bits);
-                    }
-            }
-#pragma unroll
-            for (int u = 0; u < 4; u++)
-#pragma unroll
-                for (int ct = 0; ct < CT; ct++)
-                    mma_f16(sum[first + i][ct], v[u][0], v[u][1], v[u][2], v[u][3], p[ct][u][0], p[ct][u][1]);
+                for (int t = 0; t < VT; t++)
+                    mma_u8u8(sum[first + i][t], rows[u][0], rows[u][1], rows[u + 1][0], rows[u + 1][1], p[t % QT][u],
+                             p[t % QT][u + 1]);
         }
     }
 
-    /* As code_values, of 16-bit values. With bf16 the weights are two bf16 numbers each. */
-    template <int P> __device__ __forceinline__ void half_values(float (&x)[CT][TS][4]) {
+    template <int BITS> __device__ __forceinline__ void add_halves(const char *at, const uint32_t (&p)[VT][4][2]) {
+        using C = piece<BITS, 64>;
+        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, REST = TILES - (PIECES - 1) * C::TILES;
+        add_half_tiles<BITS, REST>(at, (PIECES - 1) * C::TILES, p);
+        copies.release();
+#pragma unroll
+        for (int k = 0; k + 1 < PIECES; k++) {
+            add_half_tiles<BITS, C::TILES>(copies.arrived(), k * C::TILES, p);
+            copies.release();
+        }
+    }
+
+    template <int BITS, int N>
+    __device__ __forceinline__ void add_half_tiles(const char *at, int first, const uint32_t (&p)[VT][4][2]) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            uint32_t v[4][4]; /* of each token tile */
+            halves<BITS>(v, at + i * piece<BITS, 64>::TILE_BYTES, lane);
+#pragma unroll
+            for (int u = 0; u < 4; u++)
+#pragma unroll
+                for (int k = 0; k < VT; k++)
+                    mma_f16(sum[first + i][k], v[u][0], v[u][1], v[u][2], v[u][3], p[k][u][0], p[k][u][1]);
+        }
+    }
+
+    /* Two 16-bit floats each: the numbers rounded, and what that leaves. */
+    static __device__ __forceinline__ void split(uint32_t &rounded, uint32_t &rest, float x, float y, bool brain) {
+        if (brain) {
+            rounded = bfloat2_bits(x, y);
+            rest = bfloat2_bits(x - __uint_as_float(rounded << 16), y - __uint_as_float(rounded & 0xffff0000u));
+        } else {
+            rounded = half2_bits(x, y);
+            const half2 both = __halves2half2(__ushort_as_half((uint16_t)rounded), __ushort_as_half(rounded >> 16));
+            rest = half2_bits(x - __low2float(both), y - __high2float(both));
+        }
+    }
+
+    /* As code_values, of 16-bit values. */
+    template <int P> __device__ __forceinline__ void half_values(float (&x)[QT][8]) {
         using C = piece<16, P>;
-        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, T = P / 16, US = PAIR ? (T + 1) / 2 : T;
-        float most[CT][2];
-#pragma unroll
-        for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-            for (int g = 0; g < 2; g++) {
-                most[ct][g] = -INFINITY;
-#pragma unroll
-                for (int u = 0; u < US; u++) most[ct][g] = fmaxf(most[ct][g], fmaxf(x[ct][u][g], x[ct][u][2 + g]));
-            }
-        rescale(most);
+        constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, T = P / 16;
         const bool brain = a.half == KVC_BFLOAT16;
-        uint32_t p[CT][T][2], rest[CT][T][2];
+        const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1}, none[8] = {};
+        float n[QT][8];
+        add_weights(n, x, ones, none, 0.0f, SUMS_FLOAT);
+        /* both parts are columns of a tile, or, where its columns are queries, tiles of their own */
+        uint32_t p[VT][T][2], rest[VT][T][2];
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int v = 0; v < VT; v++)
 #pragma unroll
-            for (int u = 0; u < US; u++)
+            for (int u = 0; u < T; u++) {
+                if constexpr (INTEGER) {
+                    uint32_t first, second;
+                    split(first, second, n[v % QT][2 * u], n[v % QT][2 * u + 1], brain);
+                    p[v][u][0] = transposed(__byte_perm(first, second, 0x5410));
+                    p[v][u][1] = transposed(__byte_perm(first, second, 0x7632));
+                } else {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float first = exp2_of(x[ct][u][2 * i] - shift[ct][0]);
-                    const float second = exp2_of(x[ct][u][2 * i + 1] - shift[ct][1]);
-                    weights[ct][0] += first;
-                    weights[ct][1] += second;
-                    if (brain) {
-                        const uint32_t pair = bfloat2_bits(first, second);
-                        spread<T>(p[ct], u, i, pair);
-                        spread<T>(rest[ct], u, i,
-                                  bfloat2_bits(first - __uint_as_float(pair << 16),
-                                               second - __uint_as_float(pair & 0xffff0000u)));
-                    } else {
-                        spread<T>(p[ct], u, i, half2_bits(first, second));
+                    for (int i = 0; i < 2; i++) {
+                        uint32_t first, second;
+                        split(first, second, n[2 * v % QT][2 * u + i], n[(2 * v + 1) % QT][2 * u + i], brain);
+                        p[v][u][i] = transposed(first);
+                        rest[v][u][i] = transposed(second);
                     }
                 }
+            }
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
             const int piece_at = k == 0 ? PIECES - 1 : k - 1;
@@ -609,25 +528,22 @@ template <int D, int NQ> struct worker {
             for (int i = 0; i < C::TILES; i++) {
                 const int tile = piece_at * C::TILES + i;
                 if (tile >= TILES) break;
-                const uint4 *vector = (const uint4 *)(at + i * C::TILE_BYTES) + lane;
                 uint4 w[4];
-                if (P == 16) {
-                    w[0] = vector[0];
-                } else {
-#pragma unroll
-                    for (int v = 0; v < 4; v++) w[v] = vector[32 * v];
-                }
+                load_tile<P>(w, at + i * C::TILE_BYTES);
 #pragma unroll
                 for (int u = 0; u < T; u++) {
                     uint32_t row[4];
                     fragment<P>(row, w, u);
 #pragma unroll
-                    for (int ct = 0; ct < CT; ct++)
+                    for (int v = 0; v < VT; v++)
                         if (brain) {
-                            mma_bf16(sum[tile][ct], row[0], row[1], row[2], row[3], p[ct][u][0], p[ct][u][1]);
-                            mma_bf16(sum[tile][ct], row[0], row[1], row[2], row[3], rest[ct][u][0], rest[ct][u][1]);
+                            mma_bf16(sum[tile][v], row[0], row[1], row[2], row[3], p[v][u][0], p[v][u][1]);
+                            if (!INTEGER)
+                                mma_bf16(sum[tile][v], row[0], row[1], row[2], row[3], rest[v][u][0], rest[v][u][1]);
                         } else {
-                            mma_f16(sum[tile][ct], row[0], row[1], row[2], row[3], p[ct][u][0], p[ct][u][1]);
+                            mma_f16(sum[tile][v], row[0], row[1], row[2], row[3], p[v][u][0], p[v][u][1]);
+                            if (!INTEGER)
+                                mma_f16(sum[tile][v], row[0], row[1], row[2], row[3], rest[v][u][0], rest[v][u][1]);
                         }
                 }
             }
@@ -637,71 +553,126 @@ template <int D, int NQ> struct worker {
 
     /* ---- a page; sums into shared memory */
 
-    __device__ __forceinline__ void page(const page_note &note) {
-        const int k_bits = note.kind & 0xff, v_bits = note.kind >> 8 & 0xff;
-        const bool tail = k_bits == 16 && v_bits == 16;
-        joint = (int)note.joint;
-        float x[CT][TS][4];
-        switch (k_bits) {
-        case 2: code_logits<2>(x); break;
-        case 3: code_logits<3>(x); break;
-        case 4: code_logits<4>(x); break;
-        case 8: code_logits<8>(x); break;
-        default:
-            if (tail)
-                half_logits<16>(x);
-            else
-                half_logits<64>(x);
-        }
-        cap(x);
-        mask(x, note, tail ? 16 : 64);
-        switch (v_bits) {
-        case 2: code_values<2>(x); break;
-        case 3: code_values<3>(x); break;
-        case 4: code_values<4>(x); break;
-        case 8: code_values<8>(x); break;
-        default:
-            if (tail)
-                half_values<16>(x);
-            else
-                half_values<64>(x);
-        }
-        if (++since_drain == DRAIN_PAGES) drain();
+    /* The page that is next, K and V of BITS bits, all of whose tokens are seen, of a plain layout. */
+    template <int BITS> __device__ __forceinline__ void plain_page() {
+        using C = piece<BITS, 64>;
+        constexpr int LAST = (TILES - 1) / C::TILES, CODES = (TILES - LAST * C::TILES) * C::TILE_BYTES;
+        constexpr int HALF = TILES * C::TILE_BYTES + 64 * (int)sizeof(half2);
+        joint = 2 * HALF <= SLOT ? HALF : 0;
+        float x[QT][8], scale[8], zero[8];
+        const char *last = code_products<BITS>(x);
+        scale_products<true>(x, last + CODES, BITS);
+        if (!joint)
+#pragma unroll
+            for (int p = 0; p < (QT == PARTS ? 1 : LAST + 1); p++) copies.release();
+        const char *at = values_arrived();
+        steps<true>(scale, zero, at + CODES);
+        code_values(x, scale, zero, at, BITS);
     }
 
-    /* The registers' sums, less the constants' share, into this warp's rows of shared memory: (query, channel). */
-    __device__ __forceinline__ void drain() {
-        since_drain = 0;
-        float by[CT][2];
-#pragma unroll
-        for (int ct = 0; ct < CT; ct++)
-#pragma unroll
-            for (int g = 0; g < 2; g++) {
-                by[ct][g] = exp2_of(drained[ct][g] - shift[ct][g]);
-                drained[ct][g] = shift[ct][g];
+    /* And those of the same kind behind it; the note of what comes then. */
+    template <int BITS> __device__ __forceinline__ page_note plain_pages(const page_note &first) {
+        page_note note;
+#pragma unroll 1
+        do {
+            plain_page<BITS>();
+            note = copies.note();
+        } while (note.list == first.list && note.kind == first.kind && a.q == 1);
+        return note;
+    }
+
+    /* A page, or several; the note of what comes then. */
+    __device__ __forceinline__ page_note pages(const page_note &note) {
+        const int k_bits = note.kind & 0xff, v_bits = note.kind >> 8 & 0xff, tokens = note.kind >> 16 & 0xff;
+        const bool tail = k_bits == 16 && v_bits == 16;
+        const int behind = a.q > 1 ? tokens_behind(note.list, note.page, tokens) : 0;
+        const bool seen = tokens == (tail ? 16 : 64) && (a.q == 1 || behind >= a.q);
+        if (seen && k_bits == v_bits && !tail && a.plain) {
+            switch (k_bits) {
+            case 2: return plain_pages<2>(note);
+            case 3: return plain_pages<3>(note);
+            case 4: return plain_pages<4>(note);
+            default: return plain_pages<8>(note);
             }
-        constexpr int HALF =
-            (TILES + 1) / 2; /* with PAIR: the lower lanes write tiles 0 .. HALF-1, the upper the rest */
+        }
+        joint = note.joint;
+        float x[QT][8];
+        if (k_bits < 16) {
+            const char *last;
+            switch (k_bits) {
+            case 2: last = code_products<2>(x); break;
+            case 3: last = code_products<3>(x); break;
+            case 4: last = code_products<4>(x); break;
+            default: last = code_products<8>(x);
+            }
+            const half_facts k = a.halves[k_bits];
+            scale_products<false>(x, last + k.last_codes, k_bits);
+            if (!joint) {
+                const int pieces = QT == PARTS ? 1 : k.pieces;
+#pragma unroll 1
+                for (int p = 0; p < pieces; p++) copies.release();
+            }
+        } else if (tail) {
+            half_logits<16>(x);
+        } else {
+            half_logits<64>(x);
+        }
+        cap(x);
+        if (!seen) mask(x, tokens, behind);
+        if (v_bits < 16) {
+            const char *at = values_arrived();
+            float scale[8], zero[8];
+            steps<false>(scale, zero, at + a.halves[v_bits].last_codes);
+            code_values(x, scale, zero, at, v_bits);
+        } else if (tail) {
+            half_values<16>(x);
+        } else {
+            half_values<64>(x);
+        }
+        return copies.note();
+    }
+
+    /* Half of `middles`, over all tokens, of this lane's queries. */
+    __device__ __forceinline__ void middle_sums(float (&middle)[QT]) const {
 #pragma unroll
-        for (int ct = 0; ct < CT; ct++)
+        for (int t = 0; t < QT; t++) {
+            middle[t] = 0;
+            if (!INTEGER || held == SUMS_FLOAT) continue;
+            int all = middles[t]; /* of column r */
+            all += __shfl_xor_sync(ALL, all, 1);
+            all += __shfl_xor_sync(ALL, all, 2);
+            const int high = __shfl_sync(ALL, all, 8 * c), low = __shfl_sync(ALL, all, 8 * c + 4);
+            middle[t] = 0.5f * fmaf(256.0f, (float)high, (float)low);
+        }
+    }
+
+    /* The registers' sums into this warp's rows of shared memory: (query, channel). */
+    __device__ __forceinline__ void drain() {
+        float middle[QT];
+        middle_sums(middle);
+        const float up = held == SUMS_SHIFTED ? 1.0f / 16 : 1.0f;
 #pragma unroll
-            for (int i = 0; i < (PAIR ? HALF : TILES); i++)
+        for (int t = 0; t < QT; t++) {
+            const float by = exp2_of(drained[t] - shift[t]);
+            drained[t] = top[t] == NOTHING ? NOTHING : shift[t];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float value = j < 2 ? sum[i][ct][j] : sum[i][ct][j] - bias[ct][j];
-                    int tile = i;
-                    bool mine = true;
-                    if constexpr (PAIR) {
-                        float other = i + HALF < TILES ? sum[(i + HALF) % TILES][ct][j] : 0.0f;
-                        if (i + HALF < TILES && j >= 2) other -= bias[ct][j];
-                        const float got = __shfl_xor_sync(ALL, upper ? value : other, 2);
-                        value = (upper ? other : value) + got;
-                        tile = upper ? i + HALF : i;
-                        mine = tile < TILES;
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float value;
+                    if constexpr (INTEGER) {
+                        const uint32_t high = sum[i][t % VT][2 * half], low = sum[i][t % VT][2 * half + 1];
+                        if (held == SUMS_FLOAT)
+                            value = __uint_as_float(high) + __uint_as_float(low);
+                        else
+                            value = fmaf(fmaf(256.0f, (float)(int)high, (float)(int)low), half ? up : 1.0f, -middle[t]);
+                    } else {
+                        value = __uint_as_float(sum[i][t >> 1 & 1][2 * half + (t & 1)]);
                     }
-                    float *to = sums + query(ct, j & 1) * S::PITCH + 16 * tile + r + 8 * (j >> 1);
-                    if (mine) *to = has_sums ? fmaf(*to, by[ct][j & 1], value) : value;
+                    float *to = sums + query(t) * S::PITCH + 16 * i + r + 8 * half;
+                    *to = has_sums ? fmaf(*to, by, value) : value;
                 }
+        }
         has_sums = true;
         clear_sums();
     }

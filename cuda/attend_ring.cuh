@@ -67,6 +67,14 @@ __device__ __forceinline__ void pass(const uint64_t *bar, int parity) {
 #endif
 }
 
+/* The working warps have made the rings ready; `wait`: until all have. */
+template <int THREADS> __device__ __forceinline__ void rings_are_ready(bool wait) {
+    if (wait)
+        asm volatile("bar.sync 2,%0;" ::"n"(THREADS) : "memory");
+    else
+        asm volatile("bar.arrive 2,%0;" ::"n"(THREADS) : "memory");
+}
+
 /* The working warp's end of its ring. */
 struct ring {
     const char *slots;
@@ -78,6 +86,9 @@ struct ring {
         : slots(all.slots + warp * all.count * SLOT), full(all.full + warp * all.count),
           empty(all.empty + warp * all.count), notes(all.notes + warp * all.count), count(all.count), slot(0),
           phase(0) {}
+
+    /* The next piece, which has arrived. */
+    __device__ __forceinline__ const char *next() const { return slots + slot * SLOT; }
 
     /* The piece `ahead` of the next one, once it has arrived. */
     __device__ __forceinline__ const char *arrived(int ahead = 0) const {
@@ -146,8 +157,12 @@ template <int WARPS> struct fetcher {
         if (loose) asm volatile("cp.async.wait_group 0;" ::: "memory"); /* it goes to the same place */
         loose = false;
         const int which = (int)((uintptr_t)where >> 3 & 1);
-        asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(to->pair)), "l"(where - which)
-                     : "memory");
+        const uint2 *pair = where - which, *first = (const uint2 *)a.table;
+        if (pair >= first && pair + 2 <= first + (int64_t)a.n * a.capacity)
+            asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(to->pair)), "l"(pair)
+                         : "memory");
+        else /* half of the 16 bytes lies outside */
+            to->pair[which] = __ldcg(where);
         asm volatile("cp.async.commit_group;" ::: "memory");
         to->list = list, to->page = page, to->which = which;
     }
@@ -270,6 +285,7 @@ template <int WARPS> struct fetcher {
             ready = false;
         }
 #if __CUDA_ARCH__ < 900
+        __syncwarp(); /* what one lane has seen free, all write to */
         unsigned lanes = __ballot_sync(ALL, go);
 #pragma unroll 1
         while (lanes) { /* all lanes copy for one */
@@ -286,11 +302,13 @@ template <int WARPS> struct fetcher {
 #endif
     }
 
-    __device__ __forceinline__ void fetch(const kvc_run &run) {
+    /* The run's pages. THREADS: of the block. */
+    template <int THREADS> __device__ __forceinline__ void fetch(const kvc_run &run) {
         end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
         last_page = run.end_page > 0 ? run.end_page : NO_LIST;
         bool done = (threadIdx.x & 31) >= LANES;
         if (!done) open(run.first_list, run.first_page);
+        rings_are_ready<THREADS>(true);
 #pragma unroll 1
         while (!__all_sync(ALL, done)) {
             const bool go = ready && has_passed(empty + fill, parity);
@@ -319,9 +337,12 @@ template <int WARPS> struct fetcher {
                 if (!waited && __any_sync(ALL, wants && !ready))
                     wait();
                 else
-                    __nanosleep(64);
+                    __nanosleep(300);
             }
         }
+#if __CUDA_ARCH__ < 900
+        asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
     }
 };
 

@@ -1,7 +1,7 @@
 /* divide.cu: kvc_divide_cuda (divide.h). One block a layer: what lists cost, where blocks begin, at which page.
  *
- * Two ways to divide, the better one is taken. Apart: every list has blocks of its own, as many as its cost asks for,
- * so that no block works on two lists. Through: equal shares of everything, lists one behind the other. */
+ * Two ways to divide, the better one is taken. Apart: every list has blocks of its own, as many as its cost asks
+ * for, so that no block works on two lists. Through: equal shares of everything, lists one behind the other. */
 #include "common.cuh"
 #include "kvcomp/divide.h"
 
@@ -11,9 +11,11 @@ constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_BLOCKS = 1024;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memory */
 
-/* In units of 64 bytes: a page costs its bytes and this, for its share of waiting; a further list of a block this much
- * (measured: 1.8 microseconds where 35 GB/s a multiprocessor are read). */
+/* In units of 64 bytes: a page costs its bytes and this, for its share of waiting; a further list of a block this
+ * much (measured: 1.8 microseconds where 35 GB/s a multiprocessor are read). */
 constexpr uint32_t PAGE_COST = 12, LIST_COST = 960;
+
+constexpr int SEGMENT = 128, MOST_SHARED = 160 << 10; /* pages; bytes */
 
 struct call {
     int32_t *divisions;
@@ -21,6 +23,7 @@ struct call {
     const kvc_list *lists;
     int64_t words;
     int32_t n, capacity, blocks;
+    int32_t segments;        /* of a list: SEGMENT pages each, whose costs lie in shared memory; 0: no room */
     uint16_t half_units[17]; /* of K or V in a page of 64 tokens, by bits, in units of 64 bytes */
     uint16_t tail_units;
 };
@@ -36,26 +39,27 @@ __device__ __forceinline__ uint32_t sum_of_warp(uint32_t x) {
     return x;
 }
 
+/* Inclusive prefix sum over a warp. */
+__device__ __forceinline__ uint32_t up_to_lane(uint32_t x) {
+    const int lane = threadIdx.x & 31;
+    for (int o = 1; o < 32; o <<= 1) {
+        const uint32_t other = __shfl_up_sync(ALL, x, o);
+        if (lane >= o) x += other;
+    }
+    return x;
+}
+
 /* Exclusive prefix sums of v[0 .. n-1] + extra, in place; returns the total. All threads of the block. */
 __device__ uint32_t prefix(uint32_t *v, int n, uint32_t extra, uint32_t *scratch) {
     const int each = (n + THREADS - 1) / THREADS, first = min(n, (int)threadIdx.x * each), end = min(n, first + each);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     uint32_t mine = 0;
     for (int i = first; i < end; i++) mine += v[i] + extra;
-    uint32_t before = mine;
-    for (int o = 1; o < 32; o <<= 1) {
-        const uint32_t other = __shfl_up_sync(ALL, before, o);
-        if (lane >= o) before += other;
-    }
+    const uint32_t before = up_to_lane(mine);
     if (lane == 31) scratch[warp] = before;
     __syncthreads();
     if (warp == 0) {
-        uint32_t all = lane < WARPS ? scratch[lane] : 0;
-        for (int o = 1; o < 32; o <<= 1) {
-            const uint32_t other = __shfl_up_sync(ALL, all, o);
-            if (lane >= o) all += other;
-        }
-        scratch[lane] = all;
+        scratch[lane] = up_to_lane(lane < WARPS ? scratch[lane] : 0);
     }
     __syncthreads();
     uint32_t at = before - mine + (warp ? scratch[warp - 1] : 0);
@@ -69,12 +73,22 @@ __device__ uint32_t prefix(uint32_t *v, int n, uint32_t extra, uint32_t *scratch
     return total;
 }
 
-/* Page of a list at which `before` of its cost lie in earlier pages, to the nearest; its number of pages at most. By
- * one warp. */
-__device__ int page_at(const call &a, const kvc_page *row, int pages, uint32_t before) {
+/* Page of a list at which `before` of its cost lie in earlier pages, to the nearest; its number of pages at most.
+ * segments: the costs of the list's segments. By one warp. */
+__device__ int page_at(const call &a, const kvc_page *row, const uint32_t *segments, int pages, uint32_t before) {
     const int lane = threadIdx.x & 31;
     uint32_t passed = 0;
-    for (int first = 0; first < pages; first += 128) {
+    int first = 0;
+    for (int s = 0; s < a.segments && s * SEGMENT < pages; s += 32) { /* the segment in which it lies */
+        const uint32_t mine = s + lane < a.segments ? segments[s + lane] : 0, up_to = up_to_lane(mine);
+        const unsigned reached = __ballot_sync(ALL, passed + up_to >= before);
+        const int k = reached ? __ffs(reached) - 1 : 31;
+        first = (s + k) * SEGMENT;
+        passed += __shfl_sync(ALL, reached ? up_to - mine : up_to, k);
+        if (reached) break;
+        first += SEGMENT;
+    }
+    for (; first < pages; first += SEGMENT) {
         uint32_t cost[4], mine = 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -82,12 +96,7 @@ __device__ int page_at(const call &a, const kvc_page *row, int pages, uint32_t b
             cost[j] = i < pages ? cost_of(a, ((const uint2 *)row)[i].y) : 0;
             mine += cost[j];
         }
-        uint32_t up_to = mine;
-        for (int o = 1; o < 32; o <<= 1) {
-            const uint32_t other = __shfl_up_sync(ALL, up_to, o);
-            if (lane >= o) up_to += other;
-        }
-        const uint32_t total = __shfl_sync(ALL, up_to, 31);
+        const uint32_t up_to = up_to_lane(mine), total = __shfl_sync(ALL, up_to, 31);
         if (passed + total >= before) {
             uint32_t at = passed + up_to - mine;
             int count = 0; /* of this lane's pages that lie before */
@@ -116,7 +125,7 @@ __device__ uint32_t blocks_for(const uint32_t *costs, int n, float most) {
 }
 
 __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__ call a) {
-    extern __shared__ uint32_t costs[]; /* (n), then their prefix sums */
+    extern __shared__ uint32_t costs[]; /* (n), then their prefix sums; (n, segments) */
     __shared__ uint32_t scratch[32];
     __shared__ uint32_t fewest[WARPS];
     __shared__ uint2 starts[MOST_BLOCKS + 1]; /* of blocks: list, page */
@@ -130,21 +139,28 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     const kvc_list *const lists = a.lists + (int64_t)blockIdx.x * n;
     if (threadIdx.x == 0) largest = 0;
     __syncthreads();
-    for (int i = warp; i < n; i += WARPS) {
-        const kvc_page *row = table + (int64_t)i * a.capacity;
-        const int pages = min(lists[i].pages, a.capacity);
+    uint32_t *const segments = costs + n;
+    const int each = max(1, a.segments), length = a.segments ? SEGMENT : max(1, a.capacity); /* of a list; pages */
+    for (int k = warp; k < n * each; k += WARPS) {
+        const int i = k / each, from = (k - i * each) * length, pages = min(lists[i].pages, a.capacity);
+        const uint2 *row = (const uint2 *)(table + (int64_t)i * a.capacity);
+        const int end = min(pages, from + length);
         uint32_t cost = 0;
 #pragma unroll 4
-        for (int p = lane; p < pages; p += 32) cost += cost_of(a, ((const uint2 *)row)[p].y);
+        for (int p = from + lane; p < end; p += 32) cost += cost_of(a, row[p].y);
         cost = sum_of_warp(cost);
-        if (lane == 0) {
-            costs[i] = cost;
-            atomicMax(&largest, cost);
-        }
+        if (lane == 0) (a.segments ? segments : costs)[k] = cost;
     }
     __syncthreads();
-    /* Apart: the least cost of a block for which the blocks suffice: of those that cut the largest list evenly, and of
-     * 32 steps to the next smaller one. */
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        uint32_t cost = a.segments ? 0 : costs[i];
+        for (int k = 0; k < a.segments; k++) cost += segments[i * a.segments + k];
+        costs[i] = cost;
+        atomicMax(&largest, cost);
+    }
+    __syncthreads();
+    /* Apart: the least cost of a block for which the blocks suffice: of those that cut the largest list evenly, and
+     * of 32 steps to the next smaller one. */
     float apart = INFINITY;
     if (n <= a.blocks) {
         uint32_t cuts = 0; /* of the largest list: the most that are possible */
@@ -194,8 +210,8 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
             }
             const int of = (low + 1 < n ? (int)costs[low + 1] : blocks) - (int)costs[low], k = b - (int)costs[low];
             const uint32_t cost = (uint32_t)shares[low].reserved;
-            const int page = k ? page_at(a, table + (int64_t)low * a.capacity, min(lists[low].pages, a.capacity),
-                                         (uint32_t)((uint64_t)cost * k / of))
+            const int page = k ? page_at(a, table + (int64_t)low * a.capacity, segments + low * a.segments,
+                                         min(lists[low].pages, a.capacity), (uint32_t)((uint64_t)cost * k / of))
                                : 0;
             if (lane == 0) starts[b] = make_uint2(low, page);
         }
@@ -220,7 +236,8 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
             if (rest < LIST_COST / 2 && into > 0) /* hardly anything left of it */
                 list = low + 1;
             else if (into >= LIST_COST / 2)
-                page = page_at(a, table + (int64_t)low * a.capacity, min(lists[low].pages, a.capacity), into);
+                page = page_at(a, table + (int64_t)low * a.capacity, segments + low * a.segments,
+                               min(lists[low].pages, a.capacity), into);
             if (page > 0 && page >= min(lists[list].pages, a.capacity)) list++, page = 0;
             if (lane == 0) starts[b] = make_uint2(list, page);
         }
@@ -341,8 +358,10 @@ extern "C" kvc_status kvc_divide_cuda(const kvc_divide_args *args, kvc_stream st
     a.tail_units = (uint16_t)(kvc_half_bytes(&args->layout, 16, KVC_TAIL_TOKENS) / 64);
     kvc_device_scope scope(args->divisions.device_id);
     cudaError_t error = scope.error;
-    const int bytes = (int)n * 4;
-    if (error == cudaSuccess && bytes > 32 << 10)
+    const int64_t segments = (args->tables.shape[2] + SEGMENT - 1) / SEGMENT;
+    a.segments = segments <= MOST_SHARED / 4 / n - 1 ? (int32_t)segments : 0;
+    const int bytes = (int)n * 4 * (1 + a.segments);
+    if (error == cudaSuccess && bytes > 16 << 10)
         error = cudaFuncSetAttribute(divide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess) {
         divide_kernel<<<(int)l, THREADS, bytes, (cudaStream_t)stream>>>(a);

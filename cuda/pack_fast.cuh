@@ -323,7 +323,6 @@ __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4],
 /* Words of a page from the tiles' words: [tile (8 bits: tile, then tile + 4)][channel tile][lane]. */
 template <int TILES> __device__ void write_tile_words(uint32_t *words, const uint32_t *stage, int bits, int value) {
     constexpr int STEP = 32 * TILES;
-    const int turn = kvc_turn(value, bits);
 #pragma unroll
     for (int at = threadIdx.x; at < STEP; at += THREADS) {
         uint32_t w[4];
@@ -331,8 +330,6 @@ template <int TILES> __device__ void write_tile_words(uint32_t *words, const uin
         for (int t = 0; t < 4; t++) w[t] = stage[t * STEP + at];
         uint32_t *to = words + kvc_word_index(bits, KVC_PAGE_TOKENS, at / 32, at % 32, 0);
         if (bits == 4) {
-#pragma unroll
-            for (int t = 0; t < 4; t++) w[t] = __funnelshift_l(w[t], w[t], turn);
             *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
         } else if (bits == 8) {
             *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
@@ -341,7 +338,7 @@ template <int TILES> __device__ void write_tile_words(uint32_t *words, const uin
         } else {
             constexpr uint32_t low = 0x33333333u, high = 0x11111111u;
             const uint32_t a = (w[0] & low) | (w[1] & low) << 2, b = (w[2] & low) | (w[3] & low) << 2;
-            *(uint2 *)to = make_uint2(__funnelshift_l(a, a, turn), __funnelshift_l(b, b, turn));
+            *(uint2 *)to = make_uint2(a, b);
             if (bits == 3)
                 words[kvc_word_index(3, KVC_PAGE_TOKENS, at / 32, at % 32, 2)] =
                     (w[0] >> 2 & high) | (w[1] >> 1 & high << 1) | (w[2] & high << 2) | (w[3] << 1 & high << 3);

@@ -96,7 +96,6 @@ __device__ void put_codes(uint8_t *stage, const spots &to, const float (&x)[TILE
 
 template <int BITS, int PAGE>
 __device__ void write_words(uint32_t *words, const void *stage, int channel_tiles, int value) {
-    const int turn = kvc_turn(value, BITS);
     constexpr int WORDS = BITS * PAGE / 64, TILES = PAGE / KVC_TILE;
     for (int at = threadIdx.x; at < 32 * channel_tiles; at += THREADS) {
         const int ct = at / 32, lane = at % 32;
@@ -121,9 +120,6 @@ __device__ void write_words(uint32_t *words, const void *stage, int channel_tile
                 }
             }
         }
-        if (BITS == 2 || BITS == 4)
-#pragma unroll
-            for (int k = 0; k < WORDS; k++) w[k] = __funnelshift_l(w[k], w[k], turn);
         if (WORDS < 4) {
             *(uint2 *)(words + kvc_word_index(BITS, PAGE, ct, lane, 0)) = make_uint2(w[0], w[1]);
             if (WORDS == 3) words[kvc_word_index(BITS, PAGE, ct, lane, 2)] = w[WORDS - 1];
@@ -164,7 +160,6 @@ template <int TILES> __device__ void pack_sixteen(void *stage, const call &a, co
 
 template <int BITS, int PAGE>
 __device__ void read_words(void *stage, const uint32_t *words, int channel_tiles, int value) {
-    const int turn = kvc_turn(value, BITS);
     constexpr int WORDS = BITS * PAGE / 64, TILES = PAGE / KVC_TILE;
     for (int at = threadIdx.x; at < 32 * channel_tiles; at += THREADS) {
         const int ct = at / 32, lane = at % 32;
@@ -180,9 +175,6 @@ __device__ void read_words(void *stage, const uint32_t *words, int channel_tiles
                 w[4 * k] = four.x, w[4 * k + 1] = four.y, w[4 * k + 2] = four.z, w[4 * k + 3] = four.w;
             }
         }
-        if (BITS == 2 || BITS == 4)
-#pragma unroll
-            for (int k = 0; k < WORDS; k++) w[k] = __funnelshift_r(w[k], w[k], turn);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             if constexpr (BITS == 16) {

@@ -99,25 +99,17 @@ def code_places(bits: int, room: int, head_dim: int, is_value: bool) -> Array:
     return out
 
 
-def turn(bits: int, is_value: bool) -> int:
-    """Bits that words are stored rotated left by."""
-    return 2 if is_value and bits in (2, 4) else 0
-
-
 def write_codes(codes: Array, bits: int, room: int, is_value: bool) -> bytes:
     """Codes (room, d) as they lie in a page."""
     words = np.zeros(room * codes.shape[1] * bits // 32, np.uint32)
     for word, bit, width, first in code_places(bits, room, codes.shape[1], is_value).transpose(2, 3, 0, 1):
         part = (codes.astype(np.int64) >> first & (1 << width) - 1) << bit
         np.bitwise_or.at(words, word, part.astype(np.uint32))
-    left = turn(bits, is_value)
-    return (words << left | words >> (-left & 31)).tobytes() if left else words.tobytes()
+    return words.tobytes()
 
 
 def read_codes(data: bytes, bits: int, room: int, head_dim: int, is_value: bool) -> Array:
-    words = np.frombuffer(data, np.uint32)
-    right = turn(bits, is_value)
-    words = ((words >> right | words << (-right & 31)) if right else words).astype(np.int64)
+    words = np.frombuffer(data, np.uint32).astype(np.int64)
     codes = np.zeros((room, head_dim), np.int64)
     for word, bit, width, first in code_places(bits, room, head_dim, is_value).transpose(2, 3, 0, 1):
         codes |= (words[word] >> bit & (1 << width) - 1) << first

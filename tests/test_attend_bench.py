@@ -223,7 +223,9 @@ def test_a_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph_us(step: Any, calls: int, *, replays: int) -> list[float]:
         step()
         graphs.append(calls)
-        return [2.0] * replays
+        before = len(divided)
+        step()
+        return [18.0 if calls == 32 and len(divided) > before else 2.0] * replays
 
     monkeypatch.setattr(timing_cuda, "l2_bytes", lambda device=0: 1 << 10)
     monkeypatch.setattr(timing_cuda, "graph_us", graph_us)
@@ -244,10 +246,13 @@ def test_a_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert first is found["cells"][0] and not results.failures(found)
         spoilt = 5e-3
         run.packed(shape, form, shape.layout(), case, ("kvcomp",))
-    assert graphs == [20 * 32, 32, 32, 20 * 32, 32] and set(divided) == {32} and len(divided) == 20 + 1 + 1 + 20 + 1
+    assert graphs == [20 * 32, 32, 32, 32, 32, 20 * 32, 32, 32] and set(divided) == {32}
+    assert len(divided) == 2 * (20 + 1 + 1 + 20 + 1), "one in two steps divides"
+    assert first["dividing_samples_us"] == [18.0] * 5 and first["between_samples_us"] == [2.0] * 5
+    assert first["median_us"] == 3.0, "one step in 16 divides"
     assert first["divide_us"] == 2.0 and first["row_error"] < 1e-3 and first["target_us"] == 2.5
     nbytes = form.page_bytes(shape.layout()).sum() + 8 * (form.tokens > 0).sum()
-    assert first["bytes"] == nbytes and first["gb_per_s"] == nbytes / 2e3
+    assert first["bytes"] == nbytes and first["gb_per_s"] == pytest.approx(nbytes / 3e3)
     assert [cell["impl"] for cell in found["cells"]] == ["kvcomp in order", "kvcomp"], "the second in the first's place"
     assert len(results.failures(found)) == 1
 

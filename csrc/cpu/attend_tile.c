@@ -44,14 +44,12 @@ INLINE vf from_half(vu low16, int dtype) {
 
 /* ---- one row of a channel tile: eight vectors of codes or values. `w` is the half's first word. */
 
-INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room, int half, int ct, int r, int value) {
-    const int turn = kvc_turn(value, bits); /* a constant where this is inlined */
+INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room, int half, int ct, int r) {
     if (bits == 2 || bits == 3) {
         /* Sixteen words are loaded where eight or four are wanted: what follows a half's codes is its scales, 64 bytes
          * or more. */
         const uint32_t *const row = w[0] + ct * 32 * bits;
         vu v = load_words(row + 8 * r), x = {0};
-        if (turn) v = v >> turn | v << (32 - turn);
         v = __builtin_shuffle(v, (vu){0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
         v >>= (vu){0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2};
         if (bits == 3) {
@@ -66,7 +64,6 @@ INLINE void decode_row(vf out[8], const uint32_t *const w[4], int bits, int room
         }
     } else if (bits == 4) {
         vu v = load_words(w[0] + ct * 128 + 16 * r);
-        if (turn) v = v >> turn | v << (32 - turn);
         for (int e = 0; e < 8; e++) out[e] = to_float(v >> (8 * (e & 3) + 4 * (e >> 2)) & 15);
     } else if (bits == 8) {
         for (int plane = 0; plane < 2; plane++) {
@@ -194,7 +191,7 @@ INLINE void scores_of(const kvc_attend_block *block, const kvc_attend_page *page
                 for (int q = 0; q < n; q++) sum[i][q] = (vf){0};
             for (int ct = first; ct < first + per_group; ct++) {
                 vf code[8];
-                decode_row(code, words, bits, room, layout->half, ct, r, 0);
+                decode_row(code, words, bits, room, layout->half, ct, r);
                 for (int e = 0; e < 8; e++)
                     for (int q = 0; q < n; q++)
                         sum[e >> 2][q] += code[e] * load(block->query + ((ct * 4 + (e & 3)) * n + q) * V);
@@ -342,7 +339,7 @@ INLINE void values_of(kvc_attend_block *block, const kvc_attend_page *page, floa
             fetch(page, tiles + ct, 2 * tiles);
             for (int r = 0; r < 8; r++) {
                 vf code[8];
-                decode_row(code, words, bits, room, layout->half, ct, r, 1);
+                decode_row(code, words, bits, room, layout->half, ct, r);
                 for (int i = 0; i < 2; i++)
                     for (int q = 0; q < n; q++) {
                         vf *sum = (vf *)(block->sums + ((16 * ct + r + 8 * i) * n + q) * V);

@@ -354,7 +354,7 @@ INLINE void write_tile(uint8_t *page, int k_bits, int v_bits, int half, int tile
     for (int ct = 0; ct < d / T; ct++)
         for (int lane = 0; lane < 32; lane++)
             for (int e = 0; e < 8; e++) {
-                const kvc_place place = {ct, tile, lane, e, half};
+                const kvc_place place = {ct, tile, lane, e};
                 kvc_code_set(words, bits, room, place,
                              halves[ct * T + channel_of(half, lane, e)][token_of(half, lane, e)]);
             }
@@ -415,7 +415,7 @@ void kvc_tile_read(kvc_tile x, const uint8_t *page, int k_bits, int v_bits, int 
     for (int ct = 0; ct < d / T; ct++)
         for (int lane = 0; lane < 32; lane++)
             for (int e = 0; e < 8; e++) {
-                const kvc_place place = {ct, tile, lane, e, half};
+                const kvc_place place = {ct, tile, lane, e};
                 const uint32_t code = kvc_code_get((const uint32_t *)at, bits, room, place);
                 x[ct * T + channel_of(half, lane, e)][token_of(half, lane, e)] =
                     bits == 16 ? kvc_half_to_float((uint16_t)code, layout->half) : (float)code;

@@ -21,9 +21,8 @@
  *    16   w0 .. w15      four vectors of 4         word 4*R + t,         bit 16*(e>>1&1)    R = (e>>2) + 2*(e&1)
  *    16   w0 .. w3       P = 16: one vector of 4   word R,               bit 16*(e>>1&1)
  *
- * V's words of 2 and 4 bits are stored rotated left by 2 bits, so that the codes of two tokens lie in the mantissas of
- * two fp16 numbers, at bits 2 to 9, and one rotation by 8 brings those of the other two tokens there: a mask and an or
- * make numbers of them (256 + code, 64 + code, 16 + code or 4 + code).
+ * A byte's codes belong to one row or two, and the four bytes to four channels (K) or tokens (V): a mask, and for odd
+ * tiles a shift, makes an operand of an 8-bit integer product of a word. 2 and 4 bits leave rows r + 8 times 16.
  *
  * Scales. Per token and group of `group` channels: a scale, and a zero unless the layout is symmetric; stored as
  * [group][token] pairs {scale, zero} (or scales alone). value = zero + scale * (code - mid), mid = (2^bits - 1) / 2, so
@@ -45,7 +44,7 @@
 #define KVC_HD static inline
 #endif
 
-#define KVC_FORMAT_VERSION 3
+#define KVC_FORMAT_VERSION 4
 #define KVC_TILE 16        /* tokens and channels of a tile */
 #define KVC_PAGE_TOKENS 64 /* of a page of any class but (16, 16) */
 #define KVC_TAIL_TOKENS 16 /* of a page of class (16, 16) */
@@ -130,22 +129,21 @@ KVC_HD int64_t kvc_page_bytes(const kvc_layout *layout, int k_bits, int v_bits) 
 /* The middle of the code range, whose value is the stored zero. */
 KVC_HD float kvc_mid(int bits) { return 0.5f * (float)((1 << bits) - 1); }
 
-/* Where an element of a half lies: channel tile, tile of the group, lane, element of the lane; value: 0 in K, 1 in V.
- */
+/* Where an element of a half lies: channel tile, tile of the group, lane, element of the lane. */
 typedef struct {
-    int32_t channel_tile, tile, lane, element, value;
+    int32_t channel_tile, tile, lane, element;
 } kvc_place;
 
 KVC_HD kvc_place kvc_place_k(int token, int channel) {
     const int t = token % KVC_TILE, c = channel % KVC_TILE;
-    const kvc_place place = {channel / KVC_TILE, token / KVC_TILE, 4 * (t & 7) + (c >> 2), (c & 3) + 4 * (t >> 3), 0};
+    const kvc_place place = {channel / KVC_TILE, token / KVC_TILE, 4 * (t & 7) + (c >> 2), (c & 3) + 4 * (t >> 3)};
     return place;
 }
 
 KVC_HD kvc_place kvc_place_v(int token, int channel) {
     const int t = token % KVC_TILE, c = channel % KVC_TILE;
     const kvc_place place = {channel / KVC_TILE, token / KVC_TILE, 4 * (c & 7) + ((t & 7) >> 1),
-                             (t >> 3) + 2 * (t & 1) + 4 * (c >> 3), 1};
+                             (t >> 3) + 2 * (t & 1) + 4 * (c >> 3)};
     return place;
 }
 
@@ -166,7 +164,7 @@ KVC_HD int kvc_word_index(int bits, int page_tokens, int channel_tile, int lane,
     return base + 128 * (w >> 2) + 4 * lane + (w & 3);
 }
 
-/* Word of the lane that holds element `e` of tile `t` (3 bits: its low two bits), and the first bit in it. */
+/* Word of the lane that holds element `e` of tile `t` (3 bits: its low two bits). */
 KVC_HD int kvc_code_word(int bits, int page_tokens, int t, int e) {
     const int r = (e >> 2) + 2 * (e & 1);
     switch (bits) {
@@ -177,7 +175,7 @@ KVC_HD int kvc_code_word(int bits, int page_tokens, int t, int e) {
     }
 }
 
-/* In the word as it is before kvc_turn. */
+/* The first bit in it. */
 KVC_HD int kvc_code_shift(int bits, int t, int e) {
     switch (bits) {
     case 4: return 8 * (e & 3) + 4 * (e >> 2);
@@ -190,9 +188,6 @@ KVC_HD int kvc_code_shift(int bits, int t, int e) {
 /* The bit of word 2 that holds the high bit of a 3-bit code. */
 KVC_HD int kvc_code_high_shift(int t, int e) { return 8 * (e & 3) + 4 * (e >> 2) + t; }
 
-/* Bits that words of K (value 0) or V (1) are stored rotated left by. */
-KVC_HD int kvc_turn(int value, int bits) { return value && (bits == 2 || bits == 4) ? 2 : 0; }
-
 KVC_HD uint32_t kvc_rotate_left(uint32_t word, int bits) { return word << bits | word >> (-bits & 31); }
 
 /* Reads and writes of single codes: the specification, and slow. `half` is the first word of a K or V half; words must
@@ -201,8 +196,7 @@ KVC_HD uint32_t kvc_code_get(const uint32_t *half, int bits, int page_tokens, kv
     const int w =
         kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
     const uint32_t mask = bits == 3 ? 3u : (1u << bits) - 1u;
-    const uint32_t word = kvc_rotate_left(half[w], -kvc_turn(p.value, bits) & 31);
-    uint32_t code = word >> kvc_code_shift(bits, p.tile, p.element) & mask;
+    uint32_t code = half[w] >> kvc_code_shift(bits, p.tile, p.element) & mask;
     if (bits == 3) {
         const int high = kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, 2);
         code |= (half[high] >> kvc_code_high_shift(p.tile, p.element) & 1u) << 2;
@@ -213,8 +207,7 @@ KVC_HD uint32_t kvc_code_get(const uint32_t *half, int bits, int page_tokens, kv
 KVC_HD void kvc_code_set(uint32_t *half, int bits, int page_tokens, kvc_place p, uint32_t code) {
     const int w =
         kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, kvc_code_word(bits, page_tokens, p.tile, p.element));
-    half[w] |= kvc_rotate_left((bits == 3 ? code & 3u : code) << kvc_code_shift(bits, p.tile, p.element),
-                               kvc_turn(p.value, bits));
+    half[w] |= (bits == 3 ? code & 3u : code) << kvc_code_shift(bits, p.tile, p.element);
     if (bits == 3) {
         const int high = kvc_word_index(bits, page_tokens, p.channel_tile, p.lane, 2);
         half[high] |= (code >> 2) << kvc_code_high_shift(p.tile, p.element);

@@ -1,9 +1,10 @@
 """``kvcomp bench attend --device cuda``: decode attention over packed pages on the GPU, rivals and ceilings beside it.
 
-A cell is a decode step of 32 layers in a CUDA graph: one launch divides the work of all of them, then every layer
-attends, over tables and pages of its own (more memory than three times the L2). The division's share is timed by
-itself, too (``divide_us``, a layer's part; the package divides every 16th step only). All cells are checked on the
-inputs that were timed, against fp64 on the values that they read.
+A cell is decode steps of 32 layers in CUDA graphs: every layer attends, over tables and pages of its own (more memory
+than three times the L2). One launch divides the work of all layers. The package makes it in every 16th step: steps
+with and without it are timed, a layer's part of each is in the cell, and ``samples_us`` are their mean, 1 to 15.
+``divide_us`` is a layer's part of the launch by itself. All cells are checked on the inputs that were timed, against
+fp64 on the values that they read.
 
 Shapes are measured one after the other, torch's attentions first. Cells that the results file has already are not
 measured again, so that a bench can be made in slices of some minutes each; every cell says which run it is of, and
@@ -23,6 +24,7 @@ import torch
 
 from .. import _C, results
 from ..store import BFLOAT16, Layout
+from ..store_cuda import DIVIDE_EVERY
 from . import attend_rivals_cuda as rivals
 from . import goals, timing_cuda
 from .lists_cuda import Form, Layers, mixed, uniform
@@ -324,7 +326,12 @@ class _Run:
         return first
 
     def _timed(self, impl: str, step: Step, early: int, case: Cell) -> Cell:
-        samples = timing_cuda.graph_us(lambda: step.run(early), step.layers, replays=self.replays)
+        dividing, between = (
+            timing_cuda.graph_us(lambda: step.run(early, divide), step.layers, replays=self.replays)  # noqa: B023
+            for divide in (True, False)
+        )
+        rest = DIVIDE_EVERY - 1
+        samples = [(one + rest * other) / DIVIDE_EVERY for one, other in zip(dividing, between, strict=True)]
         middle, nbytes = median(samples), step.packed.nbytes
         errors = step.errors()
         return results.cell(
@@ -335,6 +342,8 @@ class _Run:
             channel_error=errors.channel,
             median_us=middle,
             samples_us=samples,
+            dividing_samples_us=dividing,
+            between_samples_us=between,
             bytes=nbytes,
             gb_per_s=nbytes / middle / 1e3,
         )
@@ -401,12 +410,13 @@ class Step:
             early,
         )
 
-    def run(self, early: int) -> None:
+    def run(self, early: int, divide: bool) -> None:
         """Layer by layer; the first after a division has to wait for it."""
         for first in range(0, self.layers, LAYERS):
-            self._divide(first)
+            if divide:
+                self._divide(first)
             for layer in range(first, first + LAYERS):
-                self.attend(layer, self.out[layer], early if layer > first else 0)
+                self.attend(layer, self.out[layer], 0 if divide and layer == first else early)
 
     def divide_often(self) -> None:
         """The divisions of ``run`` alone, _DIVISIONS times."""
@@ -443,7 +453,7 @@ def call_cost() -> Cell:
     a launch of torch's and what the kernel takes by itself."""
     step = Step(Shape(1, 64, 4, 1), uniform(1, 64, 4, 4), Shape(1, 64, 4, 1).layout(), 0)
     packed = step.packed
-    step.run(0)
+    step.run(0, True)
     fixed: list[Any] = [
         step.out[0],
         None,

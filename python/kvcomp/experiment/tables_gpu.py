@@ -4,6 +4,7 @@ append, pack and score beside what is asked of them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 from ..bench import goals
@@ -44,7 +45,7 @@ def rate_rows(found: Results) -> tuple[Row, list[Row]]:
 
 def part_rows(found: Results) -> tuple[Row, list[Row]]:
     """The same cells one by one: what has to be read, how long that takes at the read rate of the cell's run, the whole
-    step's time a layer with the division's share of it, and what was asked for."""
+    step's time a layer, that of a step that divides the work anew, and what was asked for."""
     rows: list[Row] = []
     for cell in found["cells"]:
         if cell["impl"] == "kvcomp" and _is_usual(cell["case"]):
@@ -54,12 +55,12 @@ def part_rows(found: Results) -> tuple[Row, list[Row]]:
                 f"{cell['bytes'] / 1e6:.1f} MB",
                 f"{cell['floor_us']:.1f}",
                 f"{cell['median_us']:.1f}",
-                f"{cell['divide_us']:.2f}",
+                f"{median(cell['dividing_samples_us']):.1f}",
                 _rate(cell),
                 goals.verdict(cell) or NOTHING,
                 _error(cell),
             ))  # fmt: skip
-    header = ("", "bits", "read", "µs at the read rate", "µs", "of them dividing", "GB/s (of the read rate)",
+    header = ("", "bits", "read", "µs at the read rate", "µs", "where the step divides", "GB/s (of the read rate)",
               "target (µs)", "error")  # fmt: skip
     return header, rows
 
