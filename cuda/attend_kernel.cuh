@@ -171,11 +171,12 @@ __device__ __forceinline__ void add_part(float &shift, float &total, float4 &sum
 /* Registers go from the fetching warpgroup to the working ones; numbers that leave few over. */
 template <int WARPS, bool FETCHES> __device__ __forceinline__ void share_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
-    static_assert(WARPS == 8 || WARPS == 12 || WARPS == 16, "");
+    static_assert(WARPS == 4 || WARPS == 8 || WARPS == 12, "");
+    if constexpr (WARPS == 4) return; /* both may have 128 */
     if constexpr (FETCHES)
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 12 ? 56 : 40));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 40 : 56));
     else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 232 : WARPS == 12 ? 152 : 112));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 232 : 152));
 #endif
 }
 
@@ -184,9 +185,10 @@ template <int WARPS> __device__ __forceinline__ void meet() {
     asm volatile("bar.sync 1,%0;" ::"n"(WARPS * 32) : "memory");
 }
 
-template <int D, int NQ>
-__global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const __grid_constant__ attend_job a) {
-    using S = sizes<D, NQ>;
+template <int D, int NQ, bool SMALL>
+__global__ void __launch_bounds__(sizes<D, NQ, SMALL>::THREADS, SMALL ? 2 : 1)
+    attend_kernel(const __grid_constant__ attend_job a) {
+    using S = sizes<D, NQ, SMALL>;
     constexpr int WARPS = S::WARPS, THREADS = WARPS * 32; /* that work */
     extern __shared__ __align__(128) char shared[];
     rings all;
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
                 sum.w = there ? fmaf(by, part.w + end.z, sum.w) : sum.w;
             }
             if (first && !alone) {
-                constexpr int AT_ONCE = NQ == 4 ? 6 : 4;
+                constexpr int AT_ONCE = SMALL ? 8 : NQ == 4 ? 6 : 4;
 #pragma unroll 1
                 for (int k = 1 + group; k < share.blocks; k += AT_ONCE * S::GROUPS) {
                     float2 ends_of[AT_ONCE];
@@ -375,23 +377,25 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
 constexpr int LEAST_SLOTS = 2;
 
 /* Copies of a warp that fit. */
-template <int D, int NQ> int slots_for(int shared_most) {
-    using S = sizes<D, NQ>;
+template <int D, int NQ, bool SMALL = false> int slots_for(int shared_most) {
+    using S = sizes<D, NQ, SMALL>;
+    if (SMALL) shared_most = (shared_most + 1024) / 2 - 1024; /* a multiprocessor's, less what is kept for a block */
     return (shared_most - S::FIXED_BYTES - S::WARPS * rings::WARP_BYTES - 128) / (S::WARPS * rings::SLOT_BYTES);
 }
 
-template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
-    using S = sizes<D, NQ>;
+template <int D, int NQ, bool SMALL = false>
+cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    using S = sizes<D, NQ, SMALL>;
     static int prepared[64]; /* bytes that the kernel may take, by device */
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    a.slots = slots_for<D, NQ>(shared_most);
+    a.slots = slots_for<D, NQ, SMALL>(shared_most);
     if (a.slots < LEAST_SLOTS) return cudaErrorInvalidConfiguration;
     a.slots = a.slots > 6 ? 6 : a.slots;
     const int bytes = S::FIXED_BYTES + S::WARPS * (rings::WARP_BYTES + a.slots * rings::SLOT_BYTES);
     if (device >= 64 || prepared[device] < bytes) {
-        error = cudaFuncSetAttribute(attend_kernel<D, NQ>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        error = cudaFuncSetAttribute(attend_kernel<D, NQ, SMALL>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
         if (device < 64) prepared[device] = bytes;
     }
@@ -406,7 +410,7 @@ template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, in
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, attend_kernel<D, NQ>, a);
+    return cudaLaunchKernelEx(&config, attend_kernel<D, NQ, SMALL>, a);
 }
 
 /* Queries of a block. For D = 256 at most 8: registers. 16 look at all pieces of a 16-bit K together. 0: devices of so
@@ -419,8 +423,13 @@ template <int D> int queries_of_block(int columns, int shared_most) {
 }
 
 template <int D> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    constexpr int FEW = 8; /* pages of a block: two for each of its warps */
     switch (queries_of_block<D>(a.columns, shared_most)) {
-    case 4: return launch_attend<D, 4>(a, blocks, shared_most, stream);
+    case 4:
+        if constexpr (D <= 128)
+            if ((int64_t)a.n * a.capacity <= (int64_t)FEW * blocks && slots_for<D, 4, true>(shared_most) >= LEAST_SLOTS)
+                return launch_attend<D, 4, true>(a, blocks, shared_most, stream);
+        return launch_attend<D, 4>(a, blocks, shared_most, stream);
     case 8: return launch_attend<D, 8>(a, blocks, shared_most, stream);
     case 16:
         if constexpr (D <= 128) return launch_attend<D, 16>(a, blocks, shared_most, stream);

@@ -8,7 +8,7 @@ python3 -m pytest -q -m gpu tests 2>&1 | tee "$logs/gpu_tests.txt"
 # Without torch's caching, memory ends where a tensor ends.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck initcheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu tests -k small 2>&1 |
+    compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu tests -k test_small 2>&1 |
         tee "$logs/gpu_$tool.txt"
     grep -qE "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards" "$logs/gpu_$tool.txt"
 done

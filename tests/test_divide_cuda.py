@@ -141,6 +141,14 @@ CASES: dict[str, list[list[Page]]] = {
 }
 
 
+def test_small() -> None:
+    """For the sanitizers: both ways to divide, several layers."""
+    for n in (5, 200):
+        lists = ragged(n, n, 700)
+        for division, state in zip(*divide([lists, lists[::-1]]), strict=True):
+            assert_whole(division, state, state[:, PAGES])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_page_once_and_evenly(name: str) -> None:
     lists = CASES[name]

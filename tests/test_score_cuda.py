@@ -68,6 +68,17 @@ def check(
     assert abs(got - want).max(initial=0) <= 1e-4 * want.max(initial=0)  # for logits as small as in these tests
 
 
+def test_small() -> None:
+    """For the sanitizers: all three operations."""
+    for dtype in DTYPES:
+        for d in (80, 128):
+            check(
+                normal(1, 2, 6, 20, d, dtype=dtype), normal(2, 2, 2, 330, d, dtype=dtype), [0, 7], 0.1, reduce=2, pool=5
+            )
+    test_norms_of_strided_and_padded_rows()
+    test_accumulate(3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_dtypes_and_head_dims(dtype: torch.dtype, d: int) -> None:

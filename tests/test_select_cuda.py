@@ -44,6 +44,15 @@ def check(importance: torch.Tensor | None, keep: list[int], s: int, *how: Any) -
     return got
 
 
+def test_small() -> None:
+    """For the sanitizers: one block and several."""
+    for s in (300, 5000):
+        values = torch.rand(3, s, generator=torch.Generator().manual_seed(s))
+        check(values, [s // 3, 20, s], s, [0, 5, 0], 4, 8)
+        check(values.mul(9).round(), [s // 3, 20, s], s)
+    check(None, [5, 9], 40, None, 2, 3)
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_random(seed: int) -> None:
     draw = random.Random(seed)

@@ -79,6 +79,14 @@ def test_formats(group: int, bits: int, dtype: torch.dtype) -> None:
         weights.check(normal(m, m, 768, dtype=dtype), normal(3, 320).cuda())
 
 
+def test_small() -> None:
+    """For the sanitizers: both kernels, whole tiles and tails."""
+    for n, k, group, bits in ((130, 300, 64, 3), (128, 512, 128, 5), (64, 256, 32, -1)):
+        weights = Weights(1, n, k, group, bits)
+        for m in (1, 20, 70, 300):
+            weights.check(normal(m, m, k, dtype=torch.bfloat16), normal(3, n).cuda())
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 7, 8, 9, 10])
 def test_rare_formats(bits: int) -> None:
     for group in (32, 64, 128):
