@@ -59,18 +59,17 @@ struct attend_job {
 };
 
 /* Sizes for head dimension D and NQ queries (positions x heads of a group), each in two parts: a column tile of 8 is
- * four queries. SMALL: for lists of few pages, two blocks to a multiprocessor, so that a launch begins beside the one
- * before it. */
-template <int D, int NQ, bool SMALL = false> struct sizes {
+ * four queries. */
+template <int D, int NQ> struct sizes {
     static constexpr int TILES = D / 16;
-    static constexpr int QT = NQ / 4;                /* column tiles of q */
-    static constexpr int PARTS = QT < 2 ? 1 : 2;     /* that are looked at at once */
-    static constexpr bool INTEGER = NQ <= 8;         /* V's codes meet integers */
-    static constexpr int VT = INTEGER ? QT : QT / 2; /* column tiles of sums */
-    static constexpr int PITCH = D + 8;              /* floats of a row of sums in shared memory */
-    static constexpr int WARPS = SMALL ? 4 : NQ == 4 && D <= 128 ? 12 : 8; /* that work */
-    static constexpr int THREADS = (WARPS + 4) * 32;                       /* and a warpgroup that fetches */
-    static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32;     /* uint2 each */
+    static constexpr int QT = NQ / 4;                                  /* column tiles of q */
+    static constexpr int PARTS = QT < 2 ? 1 : 2;                       /* that are looked at at once */
+    static constexpr bool INTEGER = NQ <= 8;                           /* V's codes meet integers */
+    static constexpr int VT = INTEGER ? QT : QT / 2;                   /* column tiles of sums */
+    static constexpr int PITCH = D + 8;                                /* floats of a row of sums in shared memory */
+    static constexpr int WARPS = NQ == 4 && D <= 128 ? 12 : 8;         /* that work */
+    static constexpr int THREADS = (WARPS + 4) * 32;                   /* and a warpgroup that fetches */
+    static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
     static constexpr int HALF_FRAGMENTS = QT * TILES * 32;
     static constexpr int SUMS_BYTES = WARPS * NQ * PITCH * 4;
     static constexpr int ITEMS = NQ * D / 4;                                       /* of a merge: four channels */

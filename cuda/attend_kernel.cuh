@@ -171,8 +171,7 @@ __device__ __forceinline__ void add_part(float &shift, float &total, float4 &sum
 /* Registers go from the fetching warpgroup to the working ones; numbers that leave few over. */
 template <int WARPS, bool FETCHES> __device__ __forceinline__ void share_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
-    static_assert(WARPS == 4 || WARPS == 8 || WARPS == 12, "");
-    if constexpr (WARPS == 4) return; /* both may have 128 */
+    static_assert(WARPS == 8 || WARPS == 12, "");
     if constexpr (FETCHES)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 40 : 56));
     else
@@ -185,10 +184,9 @@ template <int WARPS> __device__ __forceinline__ void meet() {
     asm volatile("bar.sync 1,%0;" ::"n"(WARPS * 32) : "memory");
 }
 
-template <int D, int NQ, bool SMALL>
-__global__ void __launch_bounds__(sizes<D, NQ, SMALL>::THREADS, SMALL ? 2 : 1)
-    attend_kernel(const __grid_constant__ attend_job a) {
-    using S = sizes<D, NQ, SMALL>;
+template <int D, int NQ>
+__global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const __grid_constant__ attend_job a) {
+    using S = sizes<D, NQ>;
     constexpr int WARPS = S::WARPS, THREADS = WARPS * 32; /* that work */
     extern __shared__ __align__(128) char shared[];
     rings all;
@@ -309,7 +307,7 @@ __global__ void __launch_bounds__(sizes<D, NQ, SMALL>::THREADS, SMALL ? 2 : 1)
                 sum.w = there ? fmaf(by, part.w + end.z, sum.w) : sum.w;
             }
             if (first && !alone) {
-                constexpr int AT_ONCE = SMALL ? 8 : NQ == 4 ? 6 : 4;
+                constexpr int AT_ONCE = NQ == 4 ? 6 : 4;
 #pragma unroll 1
                 for (int k = 1 + group; k < share.blocks; k += AT_ONCE * S::GROUPS) {
                     float2 ends_of[AT_ONCE];
@@ -377,25 +375,23 @@ __global__ void __launch_bounds__(sizes<D, NQ, SMALL>::THREADS, SMALL ? 2 : 1)
 constexpr int LEAST_SLOTS = 2;
 
 /* Copies of a warp that fit. */
-template <int D, int NQ, bool SMALL = false> int slots_for(int shared_most) {
-    using S = sizes<D, NQ, SMALL>;
-    if (SMALL) shared_most = (shared_most + 1024) / 2 - 1024; /* a multiprocessor's, less what is kept for a block */
+template <int D, int NQ> int slots_for(int shared_most) {
+    using S = sizes<D, NQ>;
     return (shared_most - S::FIXED_BYTES - S::WARPS * rings::WARP_BYTES - 128) / (S::WARPS * rings::SLOT_BYTES);
 }
 
-template <int D, int NQ, bool SMALL = false>
-cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
-    using S = sizes<D, NQ, SMALL>;
+template <int D, int NQ> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
+    using S = sizes<D, NQ>;
     static int prepared[64]; /* bytes that the kernel may take, by device */
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    a.slots = slots_for<D, NQ, SMALL>(shared_most);
+    a.slots = slots_for<D, NQ>(shared_most);
     if (a.slots < LEAST_SLOTS) return cudaErrorInvalidConfiguration;
     a.slots = a.slots > 6 ? 6 : a.slots;
     const int bytes = S::FIXED_BYTES + S::WARPS * (rings::WARP_BYTES + a.slots * rings::SLOT_BYTES);
     if (device >= 64 || prepared[device] < bytes) {
-        error = cudaFuncSetAttribute(attend_kernel<D, NQ, SMALL>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        error = cudaFuncSetAttribute(attend_kernel<D, NQ>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
         if (device < 64) prepared[device] = bytes;
     }
@@ -410,7 +406,7 @@ cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, attend_kernel<D, NQ, SMALL>, a);
+    return cudaLaunchKernelEx(&config, attend_kernel<D, NQ>, a);
 }
 
 /* Queries of a block. For D = 256 at most 8: registers. 16 look at all pieces of a 16-bit K together. 0: devices of so
@@ -423,13 +419,8 @@ template <int D> int queries_of_block(int columns, int shared_most) {
 }
 
 template <int D> cudaError_t launch_attend(attend_job &a, int blocks, int shared_most, cudaStream_t stream) {
-    constexpr int FEW = 8; /* pages of a block: two for each of its warps */
     switch (queries_of_block<D>(a.columns, shared_most)) {
-    case 4:
-        if constexpr (D <= 128)
-            if ((int64_t)a.n * a.capacity <= (int64_t)FEW * blocks && slots_for<D, 4, true>(shared_most) >= LEAST_SLOTS)
-                return launch_attend<D, 4, true>(a, blocks, shared_most, stream);
-        return launch_attend<D, 4>(a, blocks, shared_most, stream);
+    case 4: return launch_attend<D, 4>(a, blocks, shared_most, stream);
     case 8: return launch_attend<D, 8>(a, blocks, shared_most, stream);
     case 16:
         if constexpr (D <= 128) return launch_attend<D, 16>(a, blocks, shared_most, stream);

@@ -1,6 +1,5 @@
 /* memory.cu: see memory.cuh. Virtual memory management is the driver's: its functions are found by name, so that the
- * library needs no libcuda to load. Every granule has memory of its own, as a mapping is only ever undone as a whole.
- */
+ * library needs no libcuda to load. A mapping has memory of its own, and is only ever undone as a whole. */
 #include <cuda.h>
 
 #include "memory.cuh"
@@ -81,12 +80,6 @@ struct capture_scope {
     capture_scope &operator=(const capture_scope &) = delete;
 };
 
-/* Undoes a part of a commit, or all of it. */
-void unmap(const kvc_memory *memory, int64_t first, int64_t bytes) {
-    for (int64_t at = first; at < first + bytes; at += memory->granule)
-        cu().unmap((CUdeviceptr)(memory->base + at), (size_t)memory->granule);
-}
-
 } // namespace
 
 kvc_status kvc_memory_reserve(int device, int64_t bytes, kvc_memory *out) {
@@ -120,7 +113,7 @@ kvc_status kvc_memory_reserve(int device, int64_t bytes, kvc_memory *out) {
     return KVC_OK;
 }
 
-kvc_status kvc_memory_commit(const kvc_memory *memory, int64_t first, int64_t bytes) {
+kvc_status kvc_memory_commit(const kvc_memory *memory, int64_t first, int64_t bytes, int64_t each) {
     const kvc_device_scope scope(memory->device);
     if (scope.error != cudaSuccess) return fail_runtime("a usable device", scope.error);
     const capture_scope relaxed;
@@ -134,12 +127,13 @@ kvc_status kvc_memory_commit(const kvc_memory *memory, int64_t first, int64_t by
     CUresult result = CUDA_SUCCESS;
     int64_t done = 0;
     while (result == CUDA_SUCCESS && done < bytes) {
+        const int64_t now = bytes - done < each ? bytes - done : each;
         CUmemGenericAllocationHandle handle;
-        result = cu().create(&handle, (size_t)memory->granule, &of, 0);
+        result = cu().create(&handle, (size_t)now, &of, 0);
         if (result != CUDA_SUCCESS) break;
-        result = cu().map((CUdeviceptr)(memory->base + first + done), (size_t)memory->granule, 0, handle, 0);
+        result = cu().map((CUdeviceptr)(memory->base + first + done), (size_t)now, 0, handle, 0);
         cu().release(handle); /* the mapping keeps the memory */
-        if (result == CUDA_SUCCESS) done += memory->granule;
+        if (result == CUDA_SUCCESS) done += now;
     }
     if (result == CUDA_SUCCESS) {
         CUmemAccessDesc access = {};
@@ -148,7 +142,10 @@ kvc_status kvc_memory_commit(const kvc_memory *memory, int64_t first, int64_t by
         result = cu().access((CUdeviceptr)(memory->base + first), (size_t)bytes, &access, 1);
     }
     if (result == CUDA_SUCCESS) return KVC_OK;
-    unmap(memory, first, done);
+    for (int64_t at = 0; at < done; at += each) {
+        const int64_t length = done - at < each ? done - at : each;
+        cu().unmap((CUdeviceptr)(memory->base + first + at), (size_t)length);
+    }
     if (result != CUDA_ERROR_OUT_OF_MEMORY || cudaMemGetInfo(&available, &total) != cudaSuccess)
         return fail("memory behind an arena", result);
     return fail_memory(memory, bytes, available, total);
@@ -160,7 +157,7 @@ kvc_status kvc_memory_release(const kvc_memory *memory, int64_t first, int64_t b
     cudaError_t error = scope.error;
     if (error == cudaSuccess) error = cudaDeviceSynchronize();
     if (error != cudaSuccess) return fail_runtime("an idle device", error);
-    unmap(memory, first, bytes);
+    cu().unmap((CUdeviceptr)(memory->base + first), (size_t)bytes);
     return KVC_OK;
 }
 

@@ -13,7 +13,7 @@
 #define EXPECT(condition) ((condition) ? (void)0 : (fprintf(stderr, "fake CUDA: %s\n", #condition), abort()))
 
 static char sentence[256];
-static char committed[MOST];
+static char committed[MOST + 1]; /* 1: a mapping begins, 2: it goes on */
 static int64_t taken;
 
 static int device_count(const char **why) {
@@ -45,7 +45,8 @@ static kvc_status reserve(int device, int64_t bytes, kvc_memory *out) {
     return KVC_OK;
 }
 
-static kvc_status commit(const kvc_memory *memory, int64_t first, int64_t bytes) {
+static kvc_status commit(const kvc_memory *memory, int64_t first, int64_t bytes, int64_t each) {
+    EXPECT(each % GRANULE == 0 && each > 0);
     EXPECT(first % GRANULE == 0 && bytes % GRANULE == 0 && bytes > 0 && first + bytes <= memory->reserved + GRANULE);
     if (taken + bytes > MEMORY) {
         snprintf(sentence, sizeof sentence, "arena: expected %lld bytes of free memory on cuda:0, got %lld of %lld",
@@ -54,7 +55,7 @@ static kvc_status commit(const kvc_memory *memory, int64_t first, int64_t bytes)
     }
     for (int64_t i = first / GRANULE; i < (first + bytes) / GRANULE; i++) {
         EXPECT(!committed[i]);
-        committed[i] = 1;
+        committed[i] = (i * GRANULE - first) % each ? 2 : 1;
     }
     taken += bytes;
     EXPECT(mprotect(memory->base + first, (size_t)bytes, PROT_READ | PROT_WRITE) == 0);
@@ -64,8 +65,9 @@ static kvc_status commit(const kvc_memory *memory, int64_t first, int64_t bytes)
 
 static kvc_status release(const kvc_memory *memory, int64_t first, int64_t bytes) {
     if (getenv("FAKE_CAPTURE")) return KVC_ECUDA;
+    EXPECT(committed[(first + bytes) / GRANULE] != 2);
     for (int64_t i = first / GRANULE; i < (first + bytes) / GRANULE; i++) {
-        EXPECT(committed[i]);
+        EXPECT(committed[i] == (i * GRANULE == first ? 1 : 2));
         committed[i] = 0;
     }
     taken -= bytes;

@@ -58,7 +58,7 @@ def ragged(seed: int, n: int, most: int) -> list[list[Page]]:
 
 
 def test_small() -> None:
-    """One of everything, for the sanitizers; more pages than the kernel for few of them takes."""
+    """One of everything, for the sanitizers; and pages of one kind for every warp of a block."""
     for head_dim, group, zero_point, scale_dtype in ((64, 64, 1, FP16), (80, 16, 0, E5M3), (128, 128, 1, E5M3)):
         lists = [
             [(k, v, 5 if k == v == 16 else 33) for k, v in CLASSES],

@@ -10,6 +10,7 @@
 #define DEFAULT_BYTES ((int64_t)64 << 30)
 #define HUGE_BYTES ((uintptr_t)2 << 20)
 #define IDLE_BYTES ((int64_t)64 << 20)
+#define MAPPING_BYTES ((int64_t)32 << 20) /* at most */
 
 /* A failure of the CUDA library, whose sentence is its own. */
 static kvc_status cuda_failure(const kvc_arena_memory *memory, kvc_status status) {
@@ -63,21 +64,33 @@ static kvc_status open_cuda(kvc_arena_memory *memory, int64_t bytes, int device)
     return kvc_fail(KVC_ENOMEM, "arena: out of memory");
 }
 
-/* Takes idle granules back, those of the highest addresses first, until `keep` are left. Where the device cannot be
- * waited for, while a stream captures, they stay idle. */
+static bool is_idle(const kvc_arena_memory *memory, int64_t first, int64_t length) {
+    for (int64_t i = first; i < first + length; i++)
+        if (memory->granules[i].slabs > 0) return false;
+    return true;
+}
+
+/* A mapping, which begins at granule `first`. */
+static bool release(kvc_arena_memory *memory, int64_t first) {
+    const int64_t granule = memory->space.granule, length = memory->granules[first].length;
+    if (memory->cuda->memory_release(&memory->space, first * granule, length * granule) != KVC_OK) return false;
+    for (int64_t i = first; i < first + length; i++) memory->granules[i].committed = false;
+    memory->bytes -= length * granule;
+    return true;
+}
+
+/* Takes mappings of idle granules back, those of the highest addresses first, until at most `keep` granules are left,
+ * or those that share a mapping with others. Where the device cannot be waited for, while a stream captures, they stay
+ * idle. */
 static void release_idle(kvc_arena_memory *memory, int64_t keep) {
-    const int64_t granule = memory->space.granule;
     for (int64_t end = memory->count, at; memory->idle > keep && end > 0; end = at) {
         at = end - 1;
-        const bool idle = memory->granules[at].committed && memory->granules[at].slabs == 0;
-        if (!idle) continue;
-        while (at > 0 && end - at < memory->idle - keep && memory->granules[at - 1].committed &&
-               memory->granules[at - 1].slabs == 0)
-            at--;
-        if (memory->cuda->memory_release(&memory->space, at * granule, (end - at) * granule) != KVC_OK) return;
-        for (int64_t i = at; i < end; i++) memory->granules[i].committed = false;
-        memory->idle -= end - at;
-        memory->bytes -= (end - at) * granule;
+        if (!memory->granules[at].committed) continue;
+        at -= memory->granules[at].place;
+        const int64_t length = memory->granules[at].length;
+        if (!is_idle(memory, at, length)) continue;
+        if (!release(memory, at)) return;
+        memory->idle -= length;
     }
 }
 
@@ -87,34 +100,34 @@ static void drop_granules(kvc_arena_memory *memory, int64_t low, int64_t high) {
 
 /* Undoes a commit of runs of fresh granules that came to an end. */
 static void release_fresh(kvc_arena_memory *memory, int64_t low, int64_t high) {
-    const int64_t granule = memory->space.granule;
-    for (int64_t i = low; i < high; i++) {
-        if (!memory->granules[i].fresh) continue;
-        memory->granules[i].fresh = false;
-        if (memory->cuda->memory_release(&memory->space, i * granule, granule) == KVC_OK) {
-            memory->granules[i].committed = false;
-            memory->bytes -= granule;
-        } else {
-            memory->idle++;
-        }
+    for (int64_t i = low, next; i < high; i = next) {
+        const kvc_granule *granule = &memory->granules[i];
+        next = i + (granule->fresh ? granule->length : 1);
+        if (!granule->fresh) continue;
+        if (!release(memory, i)) memory->idle += next - i;
+        for (int64_t k = i; k < next; k++) memory->granules[k].fresh = false;
     }
 }
 
 static kvc_status take_granules(kvc_arena_memory *memory, int64_t low, int64_t high) {
-    const int64_t granule = memory->space.granule;
+    const int64_t granule = memory->space.granule, most = MAPPING_BYTES > granule ? MAPPING_BYTES / granule : 1;
     kvc_granule *granules = memory->granules;
     for (int64_t at = low, end; at < high; at = end) {
         end = at + 1;
         if (granules[at].committed) continue;
         while (end < high && !granules[end].committed) end++;
-        const kvc_status status = memory->cuda->memory_commit(&memory->space, at * granule, (end - at) * granule);
+        const kvc_status status =
+            memory->cuda->memory_commit(&memory->space, at * granule, (end - at) * granule, most * granule);
         if (status != KVC_OK) {
             cuda_failure(memory, status);
             release_fresh(memory, low, at);
             return status;
         }
         memory->bytes += (end - at) * granule;
-        for (int64_t i = at; i < end; i++) granules[i].committed = granules[i].fresh = true;
+        for (int64_t i = at; i < end; i++) {
+            const int64_t place = (i - at) % most, rest = end - (i - place);
+            granules[i] = (kvc_granule){0, (uint16_t)place, (uint16_t)(rest < most ? rest : most), true, true};
+        }
     }
     for (int64_t i = low; i < high; i++) {
         memory->idle -= granules[i].slabs++ == 0 && !granules[i].fresh;
@@ -171,8 +184,9 @@ void kvc_arena_memory_trim(kvc_arena_memory *memory) {
 /* The spare granule behind the reserved range holds what moves by less than its length. */
 kvc_status kvc_arena_memory_begin_moves(kvc_arena_memory *memory) {
     if (!memory->cuda) return KVC_OK;
-    KVC_TRY(cuda_failure(memory,
-                         memory->cuda->memory_commit(&memory->space, memory->space.reserved, memory->space.granule)));
+    const int64_t granule = memory->space.granule;
+    KVC_TRY(
+        cuda_failure(memory, memory->cuda->memory_commit(&memory->space, memory->space.reserved, granule, granule)));
     memory->moved = kvc_arena_memory_copy(memory, 0, NULL, true, NULL);
     return memory->moved == KVC_OK ? KVC_OK : kvc_arena_memory_end_moves(memory);
 }

@@ -1,8 +1,9 @@
 /* arena_memory.h: where an arena's bytes come from: one range of address space of the CPU or of a CUDA device. Offsets
  * and lengths are whole runs of 4 KiB; a run has memory while a slab holds it.
  *
- * CUDA has memory in granules (2 MiB), so slabs share one where they meet. A granule that no slab touches is idle: up
- * to 64 MiB of them stay, because taking them back waits for the device. */
+ * CUDA has memory in granules (2 MiB), so slabs share one where they meet. Granules that a slab needs at once have it
+ * together, up to 32 MiB in one mapping, as every mapping costs the host its time; it is given back whole. A granule
+ * that no slab touches is idle: up to 64 MiB of them stay, because taking them back waits for the device. */
 #pragma once
 #include <stdbool.h>
 
@@ -11,7 +12,8 @@
 #define KVC_RUN_BYTES 4096
 
 typedef struct {
-    uint16_t slabs; /* that touch it */
+    uint16_t slabs;         /* that touch it */
+    uint16_t place, length; /* in its mapping; of that, in granules */
     bool committed;
     bool fresh; /* committed by the call that is running */
 } kvc_granule;

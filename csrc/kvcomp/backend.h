@@ -60,10 +60,11 @@ typedef struct {
      * bytes <= 0: twice the device's memory, as holes between slabs cost addresses only. ENODEV: no CUDA;
      * EINVAL: no such device; ENOTSUP: a device without virtual memory management; ENOMEM. */
     kvc_status (*memory_reserve)(int device, int64_t bytes, kvc_memory *out);
-    /* Puts memory behind whole granules that have none; what it holds is not defined. ENOMEM: nothing has changed.
-     * Waits for nothing, and may be called while a stream captures. */
-    kvc_status (*memory_commit)(const kvc_memory *memory, int64_t first, int64_t bytes);
-    /* Waits for the device and takes that memory back; where the wait fails, nothing has changed. */
+    /* Puts memory behind whole granules that have none, in mappings of `each` bytes, whole granules, and a last one of
+     * what is left; what it holds is not defined. ENOMEM: nothing has changed. Waits for nothing, and may be called
+     * while a stream captures. */
+    kvc_status (*memory_commit)(const kvc_memory *memory, int64_t first, int64_t bytes, int64_t each);
+    /* Waits for the device and takes one whole mapping back; where the wait fails, nothing has changed. */
     kvc_status (*memory_release)(const kvc_memory *memory, int64_t first, int64_t bytes);
     kvc_status (*memory_unreserve)(const kvc_memory *memory); /* its memory is released before */
     /* Copies one after the other, in any direction, each to another place than it comes from. `wait`: for the device

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from .. import _C
+from ..devices import arena_on
 from ..store import TOKENS, Layout
 from . import timing_cuda
 
 _CHUNK_BYTES = 1 << 30  # of 16-bit rows that wait to be packed
-_UNIT = 128
 _ENTRY_BYTES = 8
 _HADAMARD, _SIGMA = 1, 0
 _MIXED = ((2, 2), (3, 3), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16))  # pages are sorted by class
@@ -84,7 +84,8 @@ def mixed(n: int, tokens: int, seed: int) -> Form:
 
 
 class Layers:
-    """Lists of ``layers`` layers in one arena; they take turns over as many copies as keep the L2 from helping.
+    """Lists of ``layers`` layers in an arena as caches have, each size's pages in random order; the layers take turns
+    over as many copies as keep the L2 from helping.
 
     Attributes:
         tables: (layers, n, c) uint64, each layer's own memory. lists: (layers, n, 4) int32.
@@ -102,13 +103,16 @@ class Layers:
         layers = group * -(-copies // group)
         # Each as often as the others, so that the next run begins with the one that was read longest ago.
         self.copies = copies = next(i for i in range(copies, layers + 1) if layers % i == 0)
-        units = np.tile(sizes[used] // _UNIT, copies)
-        order, starts = random.permutation(len(units)), np.empty(len(units), np.int64)
-        starts[order] = np.cumsum(units[order]) - units[order]
+        every = np.tile(sizes[used], copies)
+        starts = np.empty(len(every), np.int64)
+        self.device = torch.device(device)
+        self.arena = arena_on(self.device)
+        for size in np.unique(every):
+            pages = np.flatnonzero(every == size)
+            starts[pages] = random.permutation(self.arena.alloc(int(size), len(pages)))
         tables = np.zeros((copies, *form.tokens.shape), np.int64)
         tables[:, used] = starts.reshape(copies, -1)
         tables |= np.where(used, form.k_bits << 32 | form.v_bits << 40 | form.tokens << 48, 0)
-        self.arena = torch.empty(int(units.sum()) * _UNIT, dtype=torch.uint8, device=device)
         host = torch.from_numpy(tables)
         self._pack(form, host, state)
         self.tables = host.to(device).repeat(layers // copies, 1, 1).view(torch.uint64)
@@ -116,7 +120,7 @@ class Layers:
 
     def _pack(self, form: Form, tables: torch.Tensor, state: np.ndarray[Any, Any]) -> None:
         """Normal rows, as many sequences at a time as memory is meant for."""
-        device, h = self.arena.device, self.heads
+        device, h = self.device, self.heads
         generator = torch.Generator(device).manual_seed(self.seed)
         most, d = int(state[:, TOKENS].max()), self.layout.head_dim
         step = max(1, _CHUNK_BYTES // (h * most * d * 4))
@@ -147,8 +151,8 @@ class Layers:
             counts = entries.view(torch.int64) >> 48 & 0xFF
             start = (counts.cumsum(0) - counts).int()
             shape = 1, 1, tokens, self.layout.head_dim
-            keys, values = (torch.empty(shape, device=self.arena.device) for _ in range(2))
-            every = torch.arange(tokens, dtype=torch.int32, device=self.arena.device)
+            keys, values = (torch.empty(shape, device=self.device) for _ in range(2))
+            every = torch.arange(tokens, dtype=torch.int32, device=self.device)
             _C.unpack(keys, values, self.arena, entries, torch.zeros_like(start), start, every, self.layout, _HADAMARD)
             found.append((keys[0, 0], values[0, 0]))
         return found
