@@ -371,6 +371,9 @@ def test_tables(report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     assert "old" not in text and text.startswith("# A\n") and text.endswith("end\n") and "\nb\n" in text
     assert "| bf16 |" in text and "| small |" in text and "| needle multi key | agnostic | 2 |" in text
     assert main(["tables", str(readme), "--check"]) == 0
+    below = tmp_path / "experiments/results/note.md"  # its tables are of the same folder
+    below.write_text(text)
+    assert main(["tables", str(readme), str(below), "--check"]) == 0
     readme.write_text(text.replace("| small |", "| large |"))
     assert main(["tables", str(readme), "--check"]) == 1
 

@@ -684,7 +684,7 @@ def _tables(options: argparse.Namespace, command: str) -> int:
     from . import results
     from .experiment import tables
 
-    made = {path: tables.render(path.read_text(encoding="utf-8"), path.parent) for path in options.files}
+    made = {path: tables.render(path.read_text(encoding="utf-8"), _with_results(path)) for path in options.files}
     differing = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     for path in differing:
         if options.check:
@@ -693,6 +693,11 @@ def _tables(options: argparse.Namespace, command: str) -> int:
         else:
             results.write_text(path, made[path])
     return 1 if options.check and differing else 0
+
+
+def _with_results(path: Path) -> Path:
+    """The nearest folder above that holds experiments/results; the file's own where there is none."""
+    return next((folder for folder in path.resolve().parents if (folder / "experiments/results").is_dir()), path.parent)
 
 
 def _env(options: argparse.Namespace, command: str) -> int:
