@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+import kvcomp.stacked  # noqa: E402
 from kvcomp import _C, measure  # noqa: E402
 from kvcomp.layer_input import LayerInput  # noqa: E402
 from kvcomp.packed import Packed  # noqa: E402
@@ -235,6 +236,27 @@ def test_room_that_cannot_be_had_changes_nothing() -> None:
     assert packed.arena.used == used
     for layer, (table, lists) in zip(other.layers, before, strict=True):
         assert np.array_equal(layer.table, table) and np.array_equal(layer.lists, lists)
+
+
+def test_room_for_the_attention_mass_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that are undecided are observed: where that has no memory, no page has been taken and nothing has moved."""
+    packed = prompt(Policy(target_ratio=4))
+    other = stacked(packed)
+    used, groups = packed.arena.used, other.groups
+    make = kvcomp.stacked.filled
+
+    def none(shape: Any, dtype: Any, *others: Any) -> Any:
+        if dtype == torch.float32:
+            raise MemoryError("append: tables: expected room, got none")
+        return make(shape, dtype, *others)
+
+    monkeypatch.setattr(kvcomp.stacked, "filled", none)
+    with pytest.raises(MemoryError, match=r"^append: tables: "):
+        other.begin_step(1)
+    assert packed.arena.used == used and not any(group.active for group in groups)
+    monkeypatch.undo()
+    other.begin_step(1)
+    assert all(group.active and group.mass is not None for group in groups)
 
 
 def test_a_cache_goes_when_the_last_layer_goes() -> None:

@@ -343,6 +343,31 @@ def test_saved(tmp_path: Path) -> None:
         run(b, a, 100 + step, 1)
 
 
+@pytest.mark.parametrize("policy", [Policy(bits=4), Policy(target_ratio=4)], ids=["4 bits", "4x"])
+def test_out_of_memory_leaves_the_cache_as_it_was(policy: Policy) -> None:
+    """A pass for which the device has no room is one sentence; then the cache goes on as its twin on the CPU does."""
+    layers = prompt()
+    plain, there = compress_prompt(layers, policy), compress_prompt(on_gpu(layers), policy)
+    for seed in range(3):
+        run(plain, there, seed, 1)
+    before = [(layer.lists.copy(), *layer.unpack()) for layer in there.layers]
+    used = there.arena.used
+    torch.cuda.empty_cache()
+    taken = torch.empty(torch.cuda.mem_get_info(0)[0] - (64 << 20), dtype=torch.uint8, device="cuda")
+    assert there.stacked is not None
+    with pytest.raises(MemoryError, match=r"^(arena|append: tables): expected [^\n]*$"):
+        there.stacked.begin_step(1 << 20)
+    assert there.arena.used == used
+    del taken
+    torch.cuda.empty_cache()
+    for layer, (lists, keys, values) in zip(there.layers, before, strict=True):
+        assert np.array_equal(layer.lists, lists)
+        assert all(np.array_equal(one, other) for one, other in zip(layer.unpack(), (keys, values), strict=True))
+    for seed in range(3, 90):
+        run(plain, there, seed, 1)
+    same_mirrors(there)
+
+
 def test_refused() -> None:
     layers = on_gpu(prompt())
     with pytest.raises(NotImplementedError, match=r"^compress: decode: expected 'grow' on cuda:\d, got 'hold'"):

@@ -123,7 +123,7 @@ class Group:
     @property
     def lists_each(self) -> int:
         """Lists of a layer."""
-        return int(self.mirror.lists.shape[1])
+        return int(self.mirror.lists.shape[1]) if self.active else len(self.layers[0].lists)
 
     @property
     def batches(self) -> set[int]:
@@ -209,9 +209,14 @@ class Group:
             if self.active:
                 self.catch_up(range(len(self.layers)))
             larger = self._larger(mirror, needed)
-        units = self._allocated(want, classes)
+        recent = self.recent
+        if larger is not None and recent is None and undecided.any():
+            recent = upload(self._recents(), self.device)
+        if recent is not None:
+            self._make_mass(int((lists[:, :, TOKENS] + added).max(initial=0)))
+        units = self._allocated(want, classes)  # the last thing that there may be no room for
         if larger is not None:
-            self._move(*larger, undecided)
+            self._move(*larger, undecided, recent)
         for column, stack in enumerate((self.mirror.pool_tail, self.mirror.pool_packed)):
             _push(stack, self.mirror.left[:, :, column], np.array(at), want[column], units[column])
         if larger is not None:
@@ -224,8 +229,6 @@ class Group:
                 else:
                     for place in at:
                         refill(target[place], array[place])
-        if self.recent is not None:
-            self._make_mass(int((lists[:, :, TOKENS] + added).max(initial=0)))
 
     def _gathered(self) -> tuple[Rows, Array]:
         """The layers' own arrays, stacked, without pools; and which lists are undecided."""
@@ -252,8 +255,8 @@ class Group:
         tensors = [filled(array.shape, KINDS[array.dtype.name], self.device) for array in arrays]
         return Rows(*arrays), Rows(*tensors)
 
-    def _move(self, mirror: Rows, there: Rows, undecided: Array) -> None:
-        """Onto new tensors; what they hold is uploaded by the caller."""
+    def _move(self, mirror: Rows, there: Rows, undecided: Array, recent: torch.Tensor | None) -> None:
+        """Onto new tensors; what the first of them hold is uploaded by the caller."""
         self.grown = self.grown + 1 if self.active else 0
         self.active, self.undecided = True, undecided
         self.moves += 1
@@ -265,8 +268,7 @@ class Group:
         self.workspaces, self.divisions = {}, None
         for layer, rows in zip(self.layers, self.by_layer, strict=True):
             layer.aged = rows.classes
-        if self.recent is None and undecided.any():
-            self.recent = upload(self._recents(), self.device)
+        self.recent = recent
 
     def _allocated(self, want: list[Array], classes: Array) -> list[Array]:
         """Units of new pages, list after list: of 16-bit pages, of the lists' classes. All of them or MemoryError."""

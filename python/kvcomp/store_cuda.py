@@ -53,11 +53,13 @@ AHEAD = 64  # tokens a list that pools are filled for at once
 DIVIDE_EVERY = 16  # tokens after which the work is divided anew
 
 
-def turned(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """rows (b, heads, q, d) times each KV head's matrix (h, d, d), as float32."""
+def turned(rows: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """rows (b, heads, q, d) times each KV head's matrix (h, d, d), as float32; into ``out`` (contiguous), if given."""
     b, heads, q, d = rows.shape
-    grouped = rows.float().reshape(b, len(matrices), heads // len(matrices) * q, d)
-    return torch.matmul(grouped, matrices).reshape(b, heads, q, d)
+    shape = (b, len(matrices), heads // len(matrices) * q, d)
+    return torch.matmul(rows.float().reshape(shape), matrices, out=None if out is None else out.view(shape)).view(
+        b, heads, q, d
+    )
 
 
 class CudaLayer(PackedLayer):
@@ -216,21 +218,24 @@ class CudaLayer(PackedLayer):
         rows = group.there_by_layer[self.place]
         mass = group.mass if stacked.observing and group.recent is not None and queries is not None else None
         space = None if queries is None else group.workspace(q, queries.shape[1] // self.heads, mass)
+        # All memory is there before anything is appended.
+        target = back = out
+        if self.rotation is not None and queries is not None:
+            target, back = (torch.empty(queries.shape, device=queries.device) for _ in range(2))
         _C.append(
             self.arena, *rows[:5], keys, values, real, rows.classes, coding.layout, self.window, coding.rotation,
             coding.scale, coding.stochastic, self.layer, coding.seed,
         )  # fmt: skip
         stacked.took(self)
-        if queries is None or out is None:
+        if queries is None or out is None or target is None or back is None:
             return
-        target = out if self.rotation is None else torch.empty_like(queries)
         division = None if group.divisions is None else group.division_rows[self.place]
         _C.attend(
             target, mass, queries, self.arena, rows.table, rows.lists, real, space, coding.layout, coding.rotation,
             scale, softcap, 0, division, int(division is not None),
         )  # fmt: skip
         if target is not out:
-            out.copy_(turned(target, self._turns()[2]))
+            out.copy_(turned(target, self._turns()[2], back))
         if mass is not None:
             group.observe(self.place, mass, q, real, queries.shape[1] // self.heads)
 
