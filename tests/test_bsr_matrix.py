@@ -305,6 +305,13 @@ def test_rates_of_gpus(capability: tuple[int, int], name: str, monkeypatch: pyte
     assert breakeven.rates_of(torch.device("cuda"), torch.float16) is breakeven.RATES[name]
 
 
+def test_words_of_a_plan_of_no_block_size() -> None:
+    from kvcomp import _C
+
+    with pytest.raises(ValueError, match=r"^bsr_plan_words: block: expected 16, 32, 64 or 128, got 17$"):
+        _C.bsr_plan_words(64, 64, 17, 1, 0)
+
+
 def test_break_even_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvcomp.bsr import break_even
 

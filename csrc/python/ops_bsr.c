@@ -34,6 +34,10 @@ FUNCTION(plan_words) {
         frame_int(&frame, argv[3], "nnzb", 0, INT32_MAX, &blocks) ||
         frame_int32(&frame, argv[4], "transpose", 0, 1, &transpose))
         return frame_return(&frame);
+    if (!kvc_bsr_block_ok(block)) {
+        PyErr_Format(PyExc_ValueError, "bsr_plan_words: block: expected 16, 32, 64 or 128, got %lld", (long long)block);
+        return NULL;
+    }
     return PyLong_FromLongLong(kvc_bsr_plan_words(m, k, block, blocks, transpose));
 }
 

@@ -47,11 +47,12 @@ RATES: dict[str, Rates] = {
     "sm_90": Rates(
         dense_tflops=780.0,
         stored_tflops={16: 110.0, 32: 600.0, 64: 650.0, 128: 650.0},
-        step_tflops={16: 110.0, 32: 540.0, 64: 680.0, 128: 650.0},
+        step_tflops={16: 292.0, 32: 641.0, 64: 680.0, 128: 650.0},
         gb_per_s=4200.0,
         launch_us=3.0,
         merges=True,
-        origin="predicted from the design's bounds for an H200, not measured yet",
+        origin="step_tflops of 16 and 32 measured on an H200 (experiments/results/h200/bsr.json), the rest predicted "
+        "from the design's bounds, which that file's cells of 64 and 128 exceed",
     ),
     "sm_80": Rates(
         dense_tflops=250.0,
