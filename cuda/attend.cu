@@ -5,35 +5,8 @@
 namespace {
 
 constexpr int64_t ALIGN = 256;
-constexpr int MOST_DEVICES = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
-
-struct device_facts {
-    int multiprocessors, shared_most, capability;
-};
-
-/* Of a device, asked for once. */
-cudaError_t facts_of(int device, device_facts *out) {
-    static device_facts known[MOST_DEVICES];
-    if (device < 0 || device >= MOST_DEVICES) return cudaErrorInvalidDevice;
-    if (__atomic_load_n(&known[device].multiprocessors, __ATOMIC_ACQUIRE) == 0) {
-        device_facts found = {};
-        int major = 0, minor = 0;
-        cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&found.shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error != cudaSuccess) return error;
-        found.capability = 10 * major + minor;
-        known[device].shared_most = found.shared_most, known[device].capability = found.capability;
-        __atomic_store_n(&known[device].multiprocessors, found.multiprocessors, __ATOMIC_RELEASE);
-    }
-    *out = known[device];
-    return cudaSuccess;
-}
 
 /* Columns of a block, and all of them rounded up to whole blocks'. */
 int columns_of_block(int64_t columns, int head_dim) {
@@ -87,7 +60,7 @@ half_facts facts_of_half(const kvc_layout *layout, int bits, int tokens) {
     return facts;
 }
 
-cudaError_t launch(attend_job &a, int head_dim, const device_facts &facts, cudaStream_t stream) {
+cudaError_t launch(attend_job &a, int head_dim, const kvc_gpu &facts, cudaStream_t stream) {
     switch (head_dim) {
     case 64: return kvc_launch_attend_64(&a, facts.multiprocessors, facts.shared_most, stream);
     case 80: return kvc_launch_attend_80(&a, facts.multiprocessors, facts.shared_most, stream);
@@ -121,7 +94,7 @@ kvc_status no_mass(const kvc_attend_args *args, cudaStream_t stream) {
 
 /* Groups of channels with scales of their own, mass, and devices of little shared memory: kernels of their own, whose
  * workspace is made EMPTY again. */
-kvc_status attend_groups(const kvc_attend_args *args, const device_facts &facts, cudaStream_t stream) {
+kvc_status attend_groups(const kvc_attend_args *args, const kvc_gpu &facts, cudaStream_t stream) {
     const int64_t n = args->lists.shape[0], h = n / (args->queries.shape[0] ? args->queries.shape[0] : 1);
     const int64_t group = h ? args->queries.shape[1] / h : 1;
     const int64_t bytes =
@@ -142,8 +115,8 @@ extern "C" int64_t kvc_attend_workspace_cuda(int64_t n, int64_t c, int64_t group
     int devices = 0, most = 1;
     if (cudaGetDeviceCount(&devices) != cudaSuccess) cudaGetLastError();
     for (int i = 0; i < devices; i++) {
-        device_facts facts;
-        if (facts_of(i, &facts) == cudaSuccess && facts.multiprocessors > most) most = facts.multiprocessors;
+        kvc_gpu facts;
+        if (kvc_gpu_of(i, &facts) == cudaSuccess && facts.multiprocessors > most) most = facts.multiprocessors;
     }
     const int64_t fast = parts_bytes(group * q, head_dim, most) + division_bytes(n, most);
     const int64_t groups = kvc_attend_groups_workspace(n, group, q, head_dim, mass_tokens, most);
@@ -160,8 +133,8 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     const int64_t heads = n / b, group = args->queries.shape[1] / heads;
     kvc_device_scope scope(device);
     if (scope.error != cudaSuccess) return kvc_cuda_fail("attend", scope.error);
-    device_facts facts;
-    cudaError_t error = facts_of(device, &facts);
+    kvc_gpu facts;
+    cudaError_t error = kvc_gpu_of(device, &facts);
     if (error != cudaSuccess) return kvc_cuda_fail("attend", error);
     KVC_CHECK(facts.capability >= KVC_LEAST_CAPABILITY, KVC_ENOTSUP,
               "attend: device: expected compute capability %d.%d or newer, got %d.%d", KVC_LEAST_CAPABILITY / 10,

@@ -13,14 +13,35 @@ static int driver_version(void) {
 
 static int runtime_version(void) { return CUDART_VERSION; }
 
-static int capability(int device) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-        cudaGetLastError();
-        return 0;
+cudaError_t kvc_gpu_of(int device, kvc_gpu *out) {
+    static kvc_gpu known[64];
+    if (device < 0 || device >= (int)(sizeof known / sizeof *known)) return cudaErrorInvalidDevice;
+    if (__atomic_load_n(&known[device].multiprocessors, __ATOMIC_ACQUIRE) == 0) {
+        kvc_gpu found = {};
+        int major = 0, minor = 0;
+        const struct {
+            int *to;
+            cudaDeviceAttr what;
+        } facts[] = {{&major, cudaDevAttrComputeCapabilityMajor},
+                     {&minor, cudaDevAttrComputeCapabilityMinor},
+                     {&found.shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                     {&found.multiprocessors, cudaDevAttrMultiProcessorCount}};
+        for (const auto &fact : facts) {
+            const cudaError_t error = cudaDeviceGetAttribute(fact.to, fact.what, device);
+            if (error != cudaSuccess) return error;
+        }
+        known[device].shared_most = found.shared_most;
+        known[device].capability = 10 * major + minor;
+        __atomic_store_n(&known[device].multiprocessors, found.multiprocessors, __ATOMIC_RELEASE);
     }
-    return 10 * major + minor;
+    *out = known[device];
+    return cudaSuccess;
+}
+
+static int capability(int device) {
+    kvc_gpu facts = {};
+    if (kvc_gpu_of(device, &facts) != cudaSuccess) cudaGetLastError();
+    return facts.capability;
 }
 
 static const char *device_name(int device, int *compute_capability) {

@@ -21,11 +21,9 @@ int cluster_for(int64_t columns) {
 }
 
 bool hopper(int device) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-        cudaGetLastError();
-    return major == 9 && minor == 0;
+    kvc_gpu facts = {};
+    if (kvc_gpu_of(device, &facts) != cudaSuccess) cudaGetLastError();
+    return facts.capability == 90;
 }
 
 bool fits(uintptr_t address, int64_t pitch, int64_t columns, int64_t size) {

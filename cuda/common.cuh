@@ -14,6 +14,15 @@ extern "C" {
 /* Fails with one sentence: the CUDA error's name and text, and what the binary holds where that is the matter. */
 kvc_status kvc_cuda_fail(const char *op, cudaError_t error);
 
+struct kvc_gpu {
+    int multiprocessors;
+    int shared_most; /* bytes of shared memory that a block may ask for */
+    int capability;  /* 10 * major + minor */
+};
+
+/* Of a device; asked for once, by any thread. An error is the caller's to report. */
+cudaError_t kvc_gpu_of(int device, kvc_gpu *out);
+
 /* Makes `device` current for a scope. Costs no driver call where it is current already. */
 struct kvc_device_scope {
     int previous;

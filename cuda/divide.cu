@@ -294,17 +294,9 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
 }
 
 int multiprocessors(int device) {
-    static int known[64];
-    if (device < 0 || device >= 64) return 0;
-    if (known[device] == 0) {
-        int count = 0;
-        if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-            cudaGetLastError();
-            return 0;
-        }
-        known[device] = count < MOST_BLOCKS ? count : MOST_BLOCKS;
-    }
-    return known[device];
+    kvc_gpu facts = {};
+    if (kvc_gpu_of(device, &facts) != cudaSuccess) cudaGetLastError();
+    return facts.multiprocessors < MOST_BLOCKS ? facts.multiprocessors : MOST_BLOCKS;
 }
 
 kvc_status check(const kvc_divide_args *args) {

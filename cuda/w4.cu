@@ -8,33 +8,12 @@
 
 namespace {
 
-constexpr int MOST_DEVICES = 64, ALIGN = 256;
-
-/* Of a device, asked for once. */
-cudaError_t device_of(int device, w4_device *out) {
-    static w4_device known[MOST_DEVICES];
-    if (device < 0 || device >= MOST_DEVICES) return cudaErrorInvalidDevice;
-    if (known[device].multiprocessors == 0) {
-        w4_device found = {};
-        int major = 0, minor = 0;
-        cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&found.shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error != cudaSuccess) return error;
-        found.capability = 10 * major + minor;
-        known[device] = found;
-    }
-    *out = known[device];
-    return cudaSuccess;
-}
+constexpr int ALIGN = 256;
 
 /* Whether wgmma is there: the kernels of w4_large.cuh are empty in code for other architectures. */
-bool has_large(const w4_device &device) { return device.capability == 90 && strstr(KVC_CUDA_ARCHS, "90a"); }
+bool has_large(const kvc_gpu &device) { return device.capability == 90 && strstr(KVC_CUDA_ARCHS, "90a"); }
 
-int64_t workspace_bytes(int64_t m, const w4_device &device) {
+int64_t workspace_bytes(int64_t m, const kvc_gpu &device) {
     int64_t words = w4_small_words(m);
     if (m >= KVC_W4_LARGE_ROWS && has_large(device)) words = w4_large_words(m);
     const int64_t bytes = device.multiprocessors * words * (int64_t)sizeof(float);
@@ -58,8 +37,8 @@ extern "C" int64_t kvc_w4_workspace_cuda(int64_t m, int64_t n, int64_t k) {
     int64_t most = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess) cudaGetLastError();
     for (int i = 0; i < devices; i++) {
-        w4_device device;
-        if (device_of(i, &device) != cudaSuccess) {
+        kvc_gpu device;
+        if (kvc_gpu_of(i, &device) != cudaSuccess) {
             cudaGetLastError();
             continue;
         }
@@ -90,8 +69,8 @@ extern "C" kvc_status kvc_w4_matmul_cuda(const kvc_w4_matmul_args *args, kvc_str
               (long long)m, (long long)shape->k);
     kvc_device_scope scope(args->x.device_id);
     if (scope.error != cudaSuccess) return kvc_cuda_fail("w4_matmul", scope.error);
-    w4_device device;
-    cudaError_t error = device_of(args->x.device_id, &device);
+    kvc_gpu device;
+    cudaError_t error = kvc_gpu_of(args->x.device_id, &device);
     if (error != cudaSuccess) return kvc_cuda_fail("w4_matmul", error);
     KVC_CHECK(device.capability >= KVC_LEAST_CAPABILITY, KVC_ENOTSUP,
               "w4_matmul: device: expected compute capability %d.%d or newer, got %d.%d", KVC_LEAST_CAPABILITY / 10,

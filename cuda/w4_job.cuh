@@ -32,10 +32,6 @@ struct w4_job {
 /* From here on w4_large takes them, where it can. */
 #define KVC_W4_LARGE_ROWS 17
 
-struct w4_device {
-    int multiprocessors, shared_most, capability;
-};
-
 /* w4_small: tiles of 8 rows of x. */
 static inline int w4_small_tiles(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
 
@@ -55,7 +51,7 @@ static inline int64_t w4_small_words(int64_t m) {
 }
 
 /* Sets slots and their bytes; shared memory of a block of threads, 0 where it does not fit. */
-static inline int w4_small_shared(w4_job *a, const w4_device *device) {
+static inline int w4_small_shared(w4_job *a, const kvc_gpu *device) {
     const int tiles = w4_small_tiles(a->m), warps = w4_small_warps(tiles), strips = w4_small_strips(tiles);
     a->x_bytes = (tiles == 1 ? a->m : 8 * tiles) * 2 * a->inputs;
     a->slot_bytes = (strips * a->block_bytes + 127) / 128 * 128 + a->x_bytes;
@@ -68,11 +64,11 @@ static inline int w4_small_shared(w4_job *a, const w4_device *device) {
 }
 
 /* One definition a dtype of x: w4_small_half.cu, w4_small_bfloat.cu. */
-cudaError_t kvc_w4_small_half(w4_job *job, int group, const w4_device *device, cudaStream_t stream);
-cudaError_t kvc_w4_small_bfloat(w4_job *job, int group, const w4_device *device, cudaStream_t stream);
+cudaError_t kvc_w4_small_half(w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
+cudaError_t kvc_w4_small_bfloat(w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
 
 /* As many rows of x as there are, on sm_90a, where rows of x can be copied by 16 bytes. Workspace: words of a tile for
  * each multiprocessor. w4_large_half.cu, w4_large_bfloat.cu. */
-cudaError_t kvc_w4_large_half(const w4_job *job, int group, const w4_device *device, cudaStream_t stream);
-cudaError_t kvc_w4_large_bfloat(const w4_job *job, int group, const w4_device *device, cudaStream_t stream);
+cudaError_t kvc_w4_large_half(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
+cudaError_t kvc_w4_large_bfloat(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
 static inline int64_t w4_large_words(int64_t m) { return 256 * (m <= 32 ? 32 : m <= 64 ? 64 : 128); }

@@ -483,7 +483,7 @@ w4_costs w4_costs_of(int tall, int columns) {
 }
 
 /* The plan without its runs; bytes of shared memory. */
-int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, const w4_device *device) {
+int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, const kvc_gpu *device) {
     plan->n_tiles = (a->strips + tall - 1) / tall;
     plan->m_tiles = (a->m + columns - 1) / columns;
     plan->steps = a->blocks * (a->inputs / STEP);
@@ -494,7 +494,7 @@ int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, const w
 
 /* Runs, or tiles shared by clusters of 1 .. MOST_SPLIT blocks, of which fit[split] have room at once: what takes fewer
  * clocks, which are returned; `blocks`: of threads. */
-double w4_plan_of(w4_plan *plan, int *blocks, const w4_job *a, int tall, int columns, const w4_device *device,
+double w4_plan_of(w4_plan *plan, int *blocks, const w4_job *a, int tall, int columns, const kvc_gpu *device,
                   const int (&fit)[MOST_SPLIT + 1]) {
     w4_plan_tiles(plan, a, tall, columns, device);
     const w4_costs cost = w4_costs_of(tall, columns);
@@ -543,7 +543,7 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
     }
 
     /* Of this device: how many clusters of 1 .. MOST_SPLIT blocks have room at once. Asked for once. */
-    static cudaError_t fit(int (&out)[MOST_SPLIT + 1], const w4_device *device, int shared) {
+    static cudaError_t fit(int (&out)[MOST_SPLIT + 1], const kvc_gpu *device, int shared) {
         static int known[64][MOST_SPLIT + 1];
         int at = 0;
         cudaError_t error = cudaGetDevice(&at);
@@ -569,7 +569,7 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
         return cudaSuccess;
     }
 
-    static cudaError_t plan(w4_plan *plan, int *blocks, double *clocks, const w4_job *a, const w4_device *device) {
+    static cudaError_t plan(w4_plan *plan, int *blocks, double *clocks, const w4_job *a, const kvc_gpu *device) {
         int room[MOST_SPLIT + 1];
         const cudaError_t error = fit(room, device, w4_plan_tiles(plan, a, TALL, COLUMNS, device));
         if (error == cudaSuccess) *clocks = w4_plan_of(plan, blocks, a, TALL, COLUMNS, device, room);
@@ -590,7 +590,7 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
 
 /* One or two strips a warpgroup: two halve the reads of x, one makes more tiles. */
 template <typename T, int COLUMNS, bool FINE>
-cudaError_t w4_large_take(const w4_job *a, const w4_device *device, cudaStream_t stream) {
+cudaError_t w4_large_take(const w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
     using one = w4_large_kind<T, 2, 1, COLUMNS, FINE>;
     using two = w4_large_kind<T, WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, FINE>;
     w4_plan narrow, wide;
@@ -603,8 +603,7 @@ cudaError_t w4_large_take(const w4_job *a, const w4_device *device, cudaStream_t
                                         : one::launch(&narrow, narrow_blocks, a, stream);
 }
 
-template <typename T>
-cudaError_t w4_large_any(const w4_job *a, int group, const w4_device *device, cudaStream_t stream) {
+template <typename T> cudaError_t w4_large_any(const w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
 #define TAKE(COLUMNS)                                                 \
     (group == 32 ? w4_large_take<T, COLUMNS, true>(a, device, stream) \
                  : w4_large_take<T, COLUMNS, false>(a, device, stream))

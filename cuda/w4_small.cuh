@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1
 }
 
 template <typename T, int TILES, int GROUP>
-cudaError_t w4_small_launch(w4_job *a, const w4_device *device, cudaStream_t stream) {
+cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
     const int shared = w4_small_shared(a, device);
     if (shared == 0) return cudaErrorInvalidConfiguration;
     CUtensorMap map = {};
@@ -411,7 +411,7 @@ cudaError_t w4_small_launch(w4_job *a, const w4_device *device, cudaStream_t str
     return cudaLaunchKernelEx(&config, kernel, *a, map);
 }
 
-template <typename T> cudaError_t w4_small_any(w4_job *a, int group, const w4_device *device, cudaStream_t stream) {
+template <typename T> cudaError_t w4_small_any(w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
 #define TAKE(TILES)                                                   \
     (group == 32   ? w4_small_launch<T, TILES, 32>(a, device, stream) \
      : group == 64 ? w4_small_launch<T, TILES, 64>(a, device, stream) \
