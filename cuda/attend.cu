@@ -18,7 +18,13 @@ int64_t whole_columns(int64_t columns, int head_dim) {
     return (columns + of_block - 1) / of_block * of_block;
 }
 
-int64_t division_bytes(int64_t n, int multiprocessors) { return aligned(16 * (1 + multiprocessors + n)); }
+int blocks_of(int multiprocessors) {
+    return multiprocessors < KVC_DIVIDE_MOST_BLOCKS ? multiprocessors : KVC_DIVIDE_MOST_BLOCKS;
+}
+
+int64_t division_bytes(int64_t n, int multiprocessors) {
+    return aligned(4 * kvc_divide_words_of(n, blocks_of(multiprocessors)));
+}
 
 int64_t parts_bytes(int64_t columns, int head_dim, int multiprocessors) {
     const int64_t rows = multiprocessors * whole_columns(columns, head_dim);
@@ -188,6 +194,7 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     a.lists = (const kvc_list *)args->lists.data;
     a.new_tokens = (const int32_t *)args->new_tokens.data;
     a.division = divided ? (const int32_t *)args->division.data : (const int32_t *)(workspace + parts);
+    a.first_entries = (const kvc_page *)(a.division + kvc_divide_entries_at(n, blocks_of(facts.multiprocessors)));
     a.parts = (float *)workspace;
     a.part_sums = (float2 *)(workspace + aligned(facts.multiprocessors * whole_columns(group * q, d) * d * 4));
     a.capacity = (int32_t)args->table.shape[1];

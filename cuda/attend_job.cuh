@@ -47,9 +47,10 @@ struct attend_job {
     const kvc_list *lists;
     const int32_t *new_tokens;
     const int32_t *division;
-    float *parts;      /* (blocks * chunks, NQ, D): what blocks give to a list's first
-                          block */
-    float2 *part_sums; /* (blocks * chunks, NQ): shift, sum of weights */
+    const kvc_page *first_entries; /* of the division: (blocks, KVC_DIVIDE_ENTRIES) */
+    float *parts;                  /* (blocks * chunks, NQ, D): what blocks give to a list's first
+                                      block */
+    float2 *part_sums;             /* (blocks * chunks, NQ): shift, sum of weights */
     int32_t capacity, n, heads, group, q, columns, chunks, slots;
     half_facts halves[18]; /* by bits, of 64 tokens; 17: a tail page's */
     int32_t q_dtype, out_dtype, half, zero_point, e5m3, rotation, early;

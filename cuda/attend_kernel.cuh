@@ -220,9 +220,10 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
     const kvc_share *const shares = (const kvc_share *)(a.division + 4);
     const kvc_run run = ((const kvc_run *)(shares + a.n))[block]; /* of no meaning from block `blocks` on */
     if (warp >= WARPS) {
+        const kvc_page given = fetcher<WARPS>::first_entry(a, block, warp - WARPS);
         share_registers<WARPS, true>();
         if (block < blocks)
-            fetcher<WARPS>(a, all, warp - WARPS).template fetch<S::THREADS>(run);
+            fetcher<WARPS>(a, all, warp - WARPS).template fetch<S::THREADS>(run, given);
         else
             rings_are_ready<S::THREADS>(true);
         return;

@@ -167,18 +167,40 @@ template <int WARPS> struct fetcher {
         to->list = list, to->page = page, to->which = which;
     }
 
+    /* The entry that the division has for this lane; of no tokens: it has none. */
+    static __device__ __forceinline__ kvc_page first_entry(const attend_job &a, int block, int which) {
+        static_assert(WARPS <= KVC_DIVIDE_ENTRIES, "a page a lane");
+        const int lane = threadIdx.x & 31;
+        if (lane >= LANES) return kvc_page{};
+        return a.first_entries[block * KVC_DIVIDE_ENTRIES + which * LANES + lane];
+    }
+
     /* Pages of the list that may be read now. */
     __device__ __forceinline__ int known() const {
         const kvc_share *shares = (const kvc_share *)(a.division + 4);
         return waited ? __ldcg(&a.lists[list].pages) : shares[list].fixed_pages;
     }
 
-    /* To a list's page; its entry is asked for before it is known whether there is such a page. */
-    __device__ __forceinline__ void open(int which, int begin) {
+    __device__ __forceinline__ void go_to(int which, int begin) {
         list = which;
         page = begin + served;
         end_page = which == end_list ? last_page : NO_LIST;
         next = (const uint2 *)a.table + (int64_t)list * a.capacity + page;
+    }
+
+    /* To a list's page whose entry is there; where the list stops is left to find out. */
+    __device__ __forceinline__ void open(int which, int begin, const kvc_page &given) {
+        go_to(which, begin);
+        page_entry *to = entry(pushed);
+        to->pair[0] = *(const uint2 *)&given;
+        to->list = list, to->page = page, to->which = 0;
+        asm volatile("cp.async.commit_group;" ::: "memory"); /* of nothing: groups are counted */
+        step();
+    }
+
+    /* To a list's page; its entry is asked for before it is known whether there is such a page. */
+    __device__ __forceinline__ void open(int which, int begin) {
+        go_to(which, begin);
         if (a.capacity > 0) ask(next - max(0, page - (a.capacity - 1)));
         stop = min(min(end_page, known()), a.capacity);
         if (page < stop)
@@ -303,12 +325,19 @@ template <int WARPS> struct fetcher {
     }
 
     /* The run's pages. THREADS: of the block. */
-    template <int THREADS> __device__ __forceinline__ void fetch(const kvc_run &run) {
+    template <int THREADS> __device__ __forceinline__ void fetch(const kvc_run &run, const kvc_page &given) {
         end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
         last_page = run.end_page > 0 ? run.end_page : NO_LIST;
         bool done = (threadIdx.x & 31) >= LANES;
-        if (!done) open(run.first_list, run.first_page);
+        const bool knows = given.tokens > 0; /* so the first copy waits for the division alone */
+        if (knows)
+            open(run.first_list, run.first_page, given);
+        else if (!done)
+            open(run.first_list, run.first_page);
         rings_are_ready<THREADS>(true);
+        if (knows) pop();
+        request(ready);
+        if (knows) stop = min(min(end_page, known()), a.capacity);
 #pragma unroll 1
         while (!__all_sync(ALL, done)) {
             const bool go = ready && has_passed(empty + fill, parity);

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_BLOCKS = 1024;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_BLOCKS = KVC_DIVIDE_MOST_BLOCKS;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memory */
 
@@ -271,6 +271,14 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     const int blocks = used;
     for (int b = threadIdx.x; b < blocks; b += THREADS)
         runs[b] = kvc_run{(int)starts[b].x, (int)starts[b].y, (int)starts[b + 1].x, (int)starts[b + 1].y};
+    kvc_page *const entries = (kvc_page *)(out + kvc_divide_entries_at(n, a.blocks));
+    for (int i = threadIdx.x; i < blocks * KVC_DIVIDE_ENTRIES; i += THREADS) {
+        const uint2 start = starts[i / KVC_DIVIDE_ENTRIES], next = starts[i / KVC_DIVIDE_ENTRIES + 1];
+        const int list = (int)start.x, page = (int)start.y + i % KVC_DIVIDE_ENTRIES;
+        int end = min(lists[list].tail_page, a.capacity);
+        if (next.x == start.x) end = min(end, (int)next.y);
+        entries[i] = page < end ? table[(int64_t)list * a.capacity + page] : kvc_page{};
+    }
     for (int i = threadIdx.x; i < n; i += THREADS) {
         int low = 0, high = blocks; /* the last block that begins at or before page 0 of list i */
         while (high - low > 1) {
@@ -329,7 +337,7 @@ kvc_status check(const kvc_divide_args *args) {
 
 extern "C" int64_t kvc_divide_words(int64_t n, int device) {
     const int blocks = multiprocessors(device);
-    return blocks ? 4 + 4 * (blocks + n) : 0;
+    return blocks ? kvc_divide_words_of(n, blocks) : 0;
 }
 
 extern "C" kvc_status kvc_divide_cuda(const kvc_divide_args *args, kvc_stream stream) {

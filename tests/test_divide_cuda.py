@@ -26,15 +26,16 @@ PAGE_CHARGE, LIST_CHARGE = 1 << 10, 64 << 10
 class Division(NamedTuple):
     runs: np.ndarray[Any, Any]  # (blocks, 4): first list, first page, end list, end page
     shares: np.ndarray[Any, Any]  # (lists, 4): first block, blocks, fixed pages, 0
+    first: np.ndarray[Any, Any]  # (blocks, 12): entries of the runs' first pages
 
 
 def state_of(lists: list[list[Page]], capacity: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Table and lists; units are never looked at."""
+    """Table and lists; units only name the entries."""
     table, state = np.full((len(lists), capacity), -1, np.int64), np.zeros((len(lists), 4), np.int32)
     for i, pages in enumerate(lists):
         tail = Cache.tail_of(pages)
         for j, (k_bits, v_bits, tokens) in enumerate(pages):
-            table[i, j] = k_bits << 32 | v_bits << 40 | tokens << 48
+            table[i, j] = i * capacity + j | k_bits << 32 | v_bits << 40 | tokens << 48
         state[i] = len(pages), tail, sum(page[2] for page in pages[tail:]), sum(page[2] for page in pages)
     return table, state
 
@@ -55,6 +56,8 @@ def divide(layers: list[list[list[Page]]]) -> tuple[list[Division], np.ndarray[A
     found = [read(row) for row in divisions[:-1].cpu().numpy()]
     for first, second in zip(found, map(read, again.cpu().numpy()), strict=True):
         assert all(map(np.array_equal, first, second)), "the same again"
+    for division, table, state in zip(found, tables, states, strict=True):
+        assert_first(division, table, state)
     return found, states
 
 
@@ -62,7 +65,20 @@ def read(row: np.ndarray[Any, Any]) -> Division:
     blocks, lists = row[:2]
     assert not row[2:4].any() and blocks >= 1
     shares, runs = row[4 : 4 + 4 * lists], row[4 + 4 * lists : 4 + 4 * (lists + blocks)]
-    return Division(runs.reshape(-1, 4), shares.reshape(-1, 4))
+    most = (len(row) - 4 - 4 * lists) // 28  # blocks that there may be
+    first = row[4 + 4 * (lists + most) :].view(np.int64).reshape(most, 12)[:blocks]
+    return Division(runs.reshape(-1, 4), shares.reshape(-1, 4), first)
+
+
+def assert_first(division: Division, table: np.ndarray[Any, Any], state: np.ndarray[Any, Any]) -> None:
+    """Entries of the pages that blocks begin with: those of one list that appends leave as they are."""
+    for run, entries in zip(division.runs.tolist(), division.first, strict=True):
+        first_list, first_page, end_list, end_page = run
+        end = min(int(state[first_list, TAIL_PAGE]), end_page if end_list == first_list else 1 << 30)
+        expected = np.zeros(12, np.int64)
+        pages = table[first_list, first_page : max(first_page, min(end, first_page + 12))]
+        expected[: len(pages)] = pages
+        assert np.array_equal(entries, expected)
 
 
 def pieces(division: Division, pages: np.ndarray[Any, Any]) -> list[list[tuple[int, int, int]]]:

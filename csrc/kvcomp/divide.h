@@ -8,11 +8,16 @@
  * A division is `w` int32 words a layer, w = kvc_divide_words:
  *   word 0: blocks; 1: lists; 2, 3: 0
  *   kvc_share [lists]: which blocks a list's pages lie in
- *   kvc_run [blocks]: the blocks' runs
+ *   kvc_run [blocks]: the blocks' runs, of as many as there may be (KVC_DIVIDE_MOST_BLOCKS, or the multiprocessors)
+ *   kvc_page [as many][KVC_DIVIDE_ENTRIES]: the entries of each run's first pages, 0 for those that are not of its
+ * first list or not fixed: attend asks for such pages without looking into the table, which has to say the same then
  * Errors: ESHAPE, EDTYPE, EDEVICE, EINVAL. CUDA only: the CPU's attend divides by itself. */
 #pragma once
 #include "format.h"
 #include "kvcomp.h"
+
+#define KVC_DIVIDE_MOST_BLOCKS 1024
+#define KVC_DIVIDE_ENTRIES 12
 
 typedef struct {
     int32_t first_list, first_page, end_list, end_page; /* end_page 0: up to the end of list end_list - 1 */
@@ -37,6 +42,11 @@ typedef kvc_status kvc_divide_fn(const kvc_divide_args *args, kvc_stream stream)
 extern "C" {
 #endif
 kvc_divide_fn kvc_divide_cuda;
+/* Words of a layer's division of n lists in at most `blocks` blocks, and those before the pages' entries. */
+static inline int64_t kvc_divide_words_of(int64_t n, int blocks) {
+    return 4 + 4 * n + (4 + 2 * KVC_DIVIDE_ENTRIES) * (int64_t)blocks;
+}
+static inline int64_t kvc_divide_entries_at(int64_t n, int blocks) { return 4 + 4 * (n + blocks); }
 /* Words of a layer's division of n lists on this CUDA device; 0 for a device that is none. */
 int64_t kvc_divide_words(int64_t n, int device);
 #ifdef __cplusplus
