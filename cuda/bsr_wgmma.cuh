@@ -19,7 +19,7 @@
  * tile when the one before begins keeps it from those who are done earlier. What a sum adds up does not depend on who
  * adds it up: results are the same every time. */
 #pragma once
-#include "bsr_hopper.cuh"
+#include "hopper.cuh"
 #include "bsr_job.cuh"
 
 struct bsr_wgmma_job {

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 extern "C" {
 #include "core/core.h"
@@ -22,6 +23,9 @@ struct kvc_gpu {
 
 /* Of a device; asked for once, by any thread. An error is the caller's to report. */
 cudaError_t kvc_gpu_of(int device, kvc_gpu *out);
+
+/* Whether a device runs sm_90a's instructions (wgmma, TMA), and the library has code with them. */
+static inline bool kvc_has_wgmma(const kvc_gpu &gpu) { return gpu.capability == 90 && strstr(KVC_CUDA_ARCHS, "90a"); }
 
 /* Makes `device` current for a scope. Costs no driver call where it is current already. */
 struct kvc_device_scope {

@@ -11,133 +11,21 @@
  *
  * The work is cut by shapes alone, and sums have an order of their own: the result is the same every time.
  *
- * What bounds it (16-bit rows of 128, per warp and 32 x 16 logits): 32 m16n8k16, 8 ldmatrix, 16 each of FFMA, EX2 and
- * FADD (FFMA), in all about 95 instructions, and 16 * 8 clocks of the unit for EX2. Tensor cores take 200 clocks for
- * these mma.sync, so they are the bound as long as four warps a scheduler cover each other's exponentials. */
-#include "score_common.cuh"
-#include "score_tile.cuh"
-
-extern "C" {
-#include "cpu/score_check.h"
-}
-
-#include <limits.h>
-#include <math_constants.h>
+ * On sm_90a most 16-bit rows are score_wgmma.cuh's; the kernels here take float32, rows of 256 channels, rows at odd
+ * addresses, softcaps, and other devices. What bounds them (16-bit rows of 128, per warp and 32 x 16 logits): 200
+ * clocks of the tensor cores for 32 m16n8k16, and 128 of the unit for EX2, which on an H200 do not overlap: 367 clocks.
+ */
+#include "score_wgmma.cuh"
 
 namespace {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float MOST_SUM = 0x1p64f; /* of 2^(x - reference): beyond it the reference moves */
-
-struct rows_view {
-    const char *data;
-    int64_t sequence, head, token; /* strides in bytes */
-    int type;
-    bool pieces;
-};
-
-struct call {
-    rows_view queries, keys;
-    const int32_t *first;
-    float *importance;
-    float2 *parts; /* (lists, group * w, key_parts): reference, sum */
-    float2 *rows;  /* (lists, padded): reference, 1 / denominator; zeros behind the real rows */
-    float *sums;   /* (lists, row_parts, s) */
-    int lists, heads, group, w, s;
-    int padded;              /* group * w, up to a multiple of 64 */
-    uint32_t group_inverse;  /* 2^32 / group, rounded down */
-    int key_parts, key_step; /* of the keys in the first pass, and the tiles of each */
-    int row_parts, row_step; /* of the rows in the second */
-    float scale;             /* of products, to bits */
-    bool capped;
-    float inner, outer; /* capped: the logit in bits is outer * tanh(product * inner), and scale is 1 */
-    int reduce, pool_kind, pool;
-};
-
-/* One (sequence, KV head). */
-struct list_view {
-    int first, used, rows; /* first real token; window queries that are real; group * used */
-    int window;            /* first token of the window: s - used */
-};
-
-__device__ list_view view_of(const call &a, int list) {
-    list_view v;
-    v.first = a.first ? min(max(a.first[list / a.heads], 0), a.s) : 0;
-    v.used = min(a.w, a.s - v.first);
-    v.rows = a.group * v.used;
-    v.window = a.s - v.used;
-    return v;
-}
-
-__device__ key_rows keys_of(const call &a, const list_view &v, int list) {
-    const char *base = a.keys.data + list / a.heads * a.keys.sequence + list % a.heads * a.keys.head;
-    return {base, a.keys.token, v.first, a.s, a.keys.type, a.keys.pieces};
-}
-
-__device__ query_rows queries_of(const call &a, const list_view &v, int list) {
-    const rows_view &q = a.queries;
-    const char *base = q.data + list / a.heads * q.sequence + (int64_t)(list % a.heads) * a.group * q.head +
-                       (int64_t)(a.w - v.used) * q.token;
-    return {base, q.head, q.token, (uint32_t)a.group, a.group_inverse, v.rows, q.type, q.pieces};
-}
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* A reference to take logits from: any number will do where there is none yet. */
-__device__ inline float known(float reference) { return reference == -CUDART_INF_F ? 0.0f : reference; }
-/* 2^(a - b), 0 for a = -infinity whatever b. */
-__device__ inline float ratio(float a, float b) { return exp2_fast(a - known(b)); }
-
-/* What is rare for logits: a softcap, and a tile where not all is seen: range(m, half) says which columns the row held
- * sees, and `column` is the lane's first. The others become what scale makes -infinity of. */
-template <int M, typename Range>
-__device__ void adjust(float (&x)[M][2][4], const call &a, bool masked, int column, Range range) {
-    if (a.capped) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) x[m][n][i] = a.outer * tanhf(x[m][n][i] * a.inner);
-    }
-    if (masked) {
-        const float nothing = a.scale < 0.0f ? CUDART_INF_F : -CUDART_INF_F;
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int2 seen = range(m, half);
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const int at = column + 8 * (k >> 1) + (k & 1);
-                    if (at < seen.x || at >= seen.y) x[m][k >> 1][2 * half + (k & 1)] = nothing;
-                }
-            }
-    }
-}
-
-/* An element i of an accumulator lies in row lane / 4 + 8 * (i >> 1) of the rows held, and in column
- * 2 * (lane & 3) + (i & 1) of the 8 that pass by. */
-
-/* ---- first pass */
-
 template <typename S> __global__ void __launch_bounds__(S::threads, 2) first_kernel(const __grid_constant__ call a) {
     extern __shared__ __align__(16) char ring[];
-    const int list = blockIdx.x % a.lists, part = blockIdx.x / a.lists % a.key_parts;
-    const list_view v = view_of(a, list);
-    /* The rows that see most come first. */
-    const int low =
-        (((a.group * a.w + S::held - 1) / S::held - 1) - (int)(blockIdx.x / a.lists / a.key_parts)) * S::held;
-    if (low >= v.rows) return;
-    const int lane = threadIdx.x & 31, row = low + threadIdx.x / 32 * S::m_tiles * 16 + (lane >> 2);
-    const auto end_of = [&](int r) { return v.window + r / a.group + 1; }; /* tokens that row r sees, and padding */
-    const int most_end = end_of(min(low + S::held, v.rows) - 1), least_end = end_of(low);
-    const int begin = max(part * a.key_step, v.first / S::passing);
-    const int end = min((part + 1) * a.key_step, (most_end + S::passing - 1) / S::passing);
+    const span p = first_span<S>(a, blockIdx.x);
+    if (!p.there) return;
+    const list_view &v = p.v;
+    const int lane = threadIdx.x & 31, row = p.low + threadIdx.x / 32 * S::m_tiles * 16 + (lane >> 2);
+    const int least_end = end_of(a, v, p.low);
 
     float most[S::m_tiles][2], total[S::m_tiles][2];
 #pragma unroll
@@ -155,64 +43,18 @@ template <typename S> __global__ void __launch_bounds__(S::threads, 2) first_ker
         for (int at = 0; at < S::passing; at += 16, address += 16 * S::pitch) {
             float x[S::m_tiles][2][4];
             products<S, false>(x, held, address);
-            if (a.capped || masked)
-                adjust<S::m_tiles>(x, a, masked, token + at + 2 * (lane & 3), [&](int m, int half) {
-                    return make_int2(v.first, end_of(row + 16 * m + 8 * half));
-                });
-            float sum[S::m_tiles][2], check = 0.0f;
-#pragma unroll
-            for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const auto term = [&](int k) {
-                        return exp2_fast(fmaf(x[m][k >> 1][2 * i + (k & 1)], a.scale, -most[m][i]));
-                    };
-                    sum[m][i] = (term(0) + term(1)) + (term(2) + term(3));
-                    check += sum[m][i];
-                }
-            if (__any_sync(ALL, !(check <= MOST_SUM))) { /* NaN, too: there was no reference */
-#pragma unroll
-                for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float reference = most[m][i];
-#pragma unroll
-                        for (int k = 0; k < 4; k++)
-                            reference = fmaxf(reference, x[m][k >> 1][2 * i + (k & 1)] * a.scale);
-                        total[m][i] *= ratio(most[m][i], reference);
-                        most[m][i] = reference;
-                        sum[m][i] = 0.0f;
-#pragma unroll
-                        for (int k = 0; k < 4; k++)
-                            sum[m][i] += exp2_fast(fmaf(x[m][k >> 1][2 * i + (k & 1)], a.scale, -known(reference)));
-                    }
-            }
-#pragma unroll
-            for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) total[m][i] += sum[m][i];
+            if (a.capped) cap(x, a);
+            if (masked)
+                mask(x, a, token + at + 2 * (lane & 3),
+                     [&](int m, int half) { return make_int2(v.first, end_of(a, v, row + 16 * m + 8 * half)); });
+            add_to_rows(most, total, x, a.scale);
         }
     };
-    if (begin < end)
-        pass_by<S>(ring, queries_of(a, v, list), low, keys_of(a, v, list), begin, end, [](char *, int) {}, body);
-
+    if (p.begin < p.end)
+        pass_by<S>(
+            ring, queries_of(a, v, p.list), p.low, keys_of(a, v, p.list), p.begin, p.end, [](char *, int) {}, body);
 #pragma unroll
-    for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (int other = 1; other < 4; other *= 2) {
-                const float their_most = __shfl_xor_sync(ALL, most[m][i], other);
-                const float their_total = __shfl_xor_sync(ALL, total[m][i], other);
-                const float reference = fmaxf(most[m][i], their_most);
-                total[m][i] = total[m][i] * ratio(most[m][i], reference) + their_total * ratio(their_most, reference);
-                most[m][i] = reference;
-            }
-            const int r = row + 16 * m + 8 * i;
-            if ((lane & 3) == 0 && r < v.rows)
-                a.parts[((int64_t)list * a.group * a.w + r) * a.key_parts + part] =
-                    make_float2(most[m][i], total[m][i]);
-        }
+    for (int m = 0; m < S::m_tiles; m++) write_rows(a, p, row + 16 * m, most[m], total[m]);
 }
 
 /* 8 lanes join the parts of a row; padded is a whole number of blocks' rows. */
@@ -234,26 +76,20 @@ __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const __grid_constan
         a.rows[(int64_t)list * a.padded + row] = parts ? make_float2(most, 1.0f / total) : make_float2(0.0f, 0.0f);
 }
 
-/* ---- second pass */
-
 template <typename S> __global__ void __launch_bounds__(S::threads, 2) second_kernel(const __grid_constant__ call a) {
     extern __shared__ __align__(16) char ring[];
-    const int list = blockIdx.x % a.lists, part = blockIdx.x / a.lists % a.row_parts;
-    const list_view v = view_of(a, list);
-    const int low = blockIdx.x / a.lists / a.row_parts * S::held;
-    if (low + S::held <= v.first) return; /* nobody reads those sums */
-    const int lane = threadIdx.x & 31, token = low + threadIdx.x / 32 * S::m_tiles * 16 + (lane >> 2);
-    const auto begin_of = [&](int t) { return max(t - v.window, 0) * a.group; }; /* the first row that sees token t */
-    const int most_begin = begin_of(min(low + S::held, a.s) - 1);
-    const int begin = max(part * a.row_step, begin_of(low) / S::passing);
-    const int end = min((part + 1) * a.row_step, (v.rows + S::passing - 1) / S::passing);
+    const span p = second_span<S>(a, blockIdx.x);
+    if (!p.there) return;
+    const list_view &v = p.v;
+    const int lane = threadIdx.x & 31, token = p.low + threadIdx.x / 32 * S::m_tiles * 16 + (lane >> 2);
+    const int most_begin = begin_of(a, v, min(p.low + S::held, a.s) - 1);
 
     float total[S::m_tiles][2] = {};
-    const float2 *rows = a.rows + (int64_t)list * a.padded;
+    const float2 *rows = a.rows + (int64_t)p.list * a.padded;
     const auto extra = [&](char *tile_at, int tile) {
         if (threadIdx.x < S::passing / 2)
-            copy_piece(tile_at + S::passing * S::pitch + 16 * threadIdx.x, rows + tile * S::passing + 2 * threadIdx.x,
-                       true);
+            copy_piece(shared_address(tile_at + S::passing * S::pitch + 16 * threadIdx.x),
+                       rows + tile * S::passing + 2 * threadIdx.x, true);
     };
     const auto body = [&](const char *tile_at, int tile, const uint32_t (&held)[S::m_tiles][S::steps][4]) {
         const int row = tile * S::passing;
@@ -265,39 +101,21 @@ template <typename S> __global__ void __launch_bounds__(S::threads, 2) second_ke
         for (int at = 0; at < S::passing; at += 16, address += 16 * S::pitch, pairs += 8) {
             float x[S::m_tiles][2][4];
             products<S, true>(x, held, address);
-            if (a.capped || masked)
-                adjust<S::m_tiles>(x, a, masked, row + at + 2 * (lane & 3), [&](int m, int half) {
-                    return make_int2(begin_of(token + 16 * m + 8 * half), INT_MAX);
-                });
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const float4 pair = pairs[4 * n];
-#pragma unroll
-                for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        sum[m][i] = fmaf(exp2_fast(fmaf(x[m][n][2 * i], a.scale, -pair.x)), pair.y, sum[m][i]);
-                        sum[m][i] = fmaf(exp2_fast(fmaf(x[m][n][2 * i + 1], a.scale, -pair.z)), pair.w, sum[m][i]);
-                    }
-            }
+            if (a.capped) cap(x, a);
+            if (masked)
+                mask(x, a, row + at + 2 * (lane & 3),
+                     [&](int m, int half) { return make_int2(begin_of(a, v, token + 16 * m + 8 * half), INT_MAX); });
+            add_to_tokens(sum, x, pairs, a.scale);
         }
 #pragma unroll
         for (int m = 0; m < S::m_tiles; m++)
 #pragma unroll
             for (int i = 0; i < 2; i++) total[m][i] += sum[m][i];
     };
-    if (begin < end) pass_by<S>(ring, keys_of(a, v, list), low, queries_of(a, v, list), begin, end, extra, body);
-
-    float *out = a.sums + ((int64_t)list * a.row_parts + part) * a.s;
+    if (p.begin < p.end)
+        pass_by<S>(ring, keys_of(a, v, p.list), p.low, queries_of(a, v, p.list), p.begin, p.end, extra, body);
 #pragma unroll
-    for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            total[m][i] += __shfl_xor_sync(ALL, total[m][i], 1);
-            total[m][i] += __shfl_xor_sync(ALL, total[m][i], 2);
-            const int t = token + 16 * m + 8 * i;
-            if ((lane & 3) == 0 && t < a.s) out[t] = total[m][i];
-        }
+    for (int m = 0; m < S::m_tiles; m++) write_tokens(a, p, token + 16 * m, total[m]);
 }
 
 /* ---- sums by token, weighed and pooled; a thread a token */
@@ -331,56 +149,88 @@ __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constan
 
 /* ---- launches */
 
-template <typename S> cudaError_t launch(const call &a, cudaStream_t stream) {
+/* Into how many parts a pass of `blocks` blocks over `tiles` tiles is cut, `at_once` blocks running at a time: the
+ * least time in tiles, two more for each part's beginning. */
+void cut(int64_t blocks, int tiles, int at_once, int *parts, int *step) {
+    const int most = min(tiles, (int)(KVC_SCORE_WAVES * KVC_SCORE_BLOCKS / blocks)); /* 0: more than that already */
+    int best = INT_MAX;
+    *step = tiles;
+    for (int k = 1; k <= most; k++) {
+        const int length = (tiles + k - 1) / k;
+        const int time = ((int)blocks * k + at_once - 1) / at_once * (length + 2);
+        if (time >= best) continue;
+        best = time;
+        *step = length;
+    }
+    *parts = (tiles + *step - 1) / *step;
+}
+
+/* Cuts both passes, and places what they write in the workspace -> spans of the first and of the second pass. */
+template <typename S> void divide(call &a, char *workspace, int at_once, unsigned (&spans)[2]) {
+    static_assert(S::held <= KVC_SCORE_BLOCK_ROWS && S::passing >= KVC_SCORE_TILE_ROWS, "the workspace is enough");
     const int rows = a.group * a.w;
-    const unsigned first = (unsigned)((int64_t)a.lists * a.key_parts * ((rows + S::held - 1) / S::held));
-    const unsigned second = (unsigned)((int64_t)a.lists * a.row_parts * ((a.s + S::held - 1) / S::held));
-    cudaError_t error =
-        cudaFuncSetAttribute(first_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
-    if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(second_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+    const auto over = [](int n, int by) { return (n + by - 1) / by; };
+    cut((int64_t)a.lists * over(rows, S::held), over(a.s, S::passing), at_once, &a.key_parts, &a.key_step);
+    cut((int64_t)a.lists * over(a.s, S::held), over(rows, S::passing), at_once, &a.row_parts, &a.row_step);
+    spans[0] = (unsigned)((int64_t)a.lists * a.key_parts * over(rows, S::held));
+    spans[1] = (unsigned)((int64_t)a.lists * a.row_parts * over(a.s, S::held));
+    a.rows = (float2 *)workspace;
+    a.parts = a.rows + (int64_t)a.lists * a.padded;
+    a.sums = (float *)(a.parts + (int64_t)a.lists * rows * a.key_parts);
+}
+
+/* pass(0) and pass(1), and what follows each. */
+template <typename Pass> cudaError_t launch(const call &a, cudaStream_t stream, Pass pass) {
+    cudaError_t error = pass(0);
     if (error != cudaSuccess) return error;
-    first_kernel<S><<<first, S::threads, S::shared_bytes, stream>>>(a);
     join_kernel<<<a.lists *(a.padded / JOIN_ROWS), JOIN_THREADS, 0, stream>>>(a);
-    second_kernel<S><<<second, S::threads, S::shared_bytes, stream>>>(a);
+    error = pass(1);
+    if (error != cudaSuccess) return error;
     pool_kernel<<<a.lists *((a.s + POOL_THREADS - 1) / POOL_THREADS), POOL_THREADS, 0, stream>>>(a);
     return cudaGetLastError();
 }
 
-/* Into how many parts a pass of `blocks` blocks over `tiles` tiles is cut: the least time in tiles, two more for each
- * part's beginning. */
-template <typename S> cudaError_t divide_and_launch(call &a, char *workspace, cudaStream_t stream) {
-    const auto divide = [](int64_t blocks, int tiles, int *parts, int *step) {
-        const int most = min(tiles, (int)(KVC_SCORE_WAVES * KVC_SCORE_BLOCKS / blocks)); /* 0: more than that already */
-        int best = INT_MAX;
-        *step = tiles;
-        for (int k = 1; k <= most; k++) {
-            const int length = (tiles + k - 1) / k;
-            const int time = ((int)blocks * k + KVC_SCORE_BLOCKS - 1) / KVC_SCORE_BLOCKS * (length + 2);
-            if (time >= best) continue;
-            best = time;
-            *step = length;
-        }
-        *parts = (tiles + *step - 1) / *step;
-    };
-    static_assert(S::held <= KVC_SCORE_BLOCK_ROWS && S::passing >= KVC_SCORE_TILE_ROWS, "the workspace is enough");
-    const int rows = a.group * a.w;
-    const auto over = [](int n, int by) { return (n + by - 1) / by; };
-    divide((int64_t)a.lists * over(rows, S::held), over(a.s, S::passing), &a.key_parts, &a.key_step);
-    divide((int64_t)a.lists * over(a.s, S::held), over(rows, S::passing), &a.row_parts, &a.row_step);
-    a.rows = (float2 *)workspace;
-    a.parts = a.rows + (int64_t)a.lists * a.padded;
-    a.sums = (float *)(a.parts + (int64_t)a.lists * rows * a.key_parts);
-    return launch<S>(a, stream);
+template <typename S> cudaError_t launch_anywhere(call &a, char *workspace, cudaStream_t stream) {
+    unsigned spans[2];
+    divide<S>(a, workspace, KVC_SCORE_BLOCKS, spans);
+    return launch(a, stream, [&](int i) {
+        const auto kernel = i ? second_kernel<S> : first_kernel<S>;
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+        if (error == cudaSuccess) kernel<<<spans[i], S::threads, S::shared_bytes, stream>>>(a);
+        return error;
+    });
 }
 
-template <int DTYPE> cudaError_t launch_type(int64_t d, call &a, char *workspace, cudaStream_t stream) {
+template <typename S> cudaError_t launch_hopper(call &a, char *workspace, int multiprocessors, cudaStream_t stream) {
+    unsigned spans[2];
+    divide<S>(a, workspace, KVC_SCORE_BLOCKS / 2, spans);
+    return launch(a, stream, [&](int i) {
+        const auto kernel = i ? hopper_kernel<S, false> : hopper_kernel<S, true>;
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+        if (error == cudaSuccess)
+            kernel<<<min(spans[i], multiprocessors), S::threads, S::shared_bytes, stream>>>(a, (int)spans[i]);
+        return error;
+    });
+}
+
+template <int DTYPE, int D>
+cudaError_t launch_shape(call &a, char *workspace, const kvc_gpu &gpu, cudaStream_t stream) {
+    if constexpr (DTYPE != KVC_FLOAT32 && D <= 128)
+        if (kvc_has_wgmma(gpu) && a.queries.pieces && a.keys.pieces && !a.capped)
+            return launch_hopper<hopper_shape<DTYPE, D>>(a, workspace, gpu.multiprocessors, stream);
+    return launch_anywhere<shape<DTYPE, D>>(a, workspace, stream);
+}
+
+template <int DTYPE>
+cudaError_t launch_type(int64_t d, call &a, char *workspace, const kvc_gpu &gpu, cudaStream_t stream) {
     switch (d) {
-    case 64: return divide_and_launch<shape<DTYPE, 64>>(a, workspace, stream);
-    case 80: return divide_and_launch<shape<DTYPE, 80>>(a, workspace, stream);
-    case 96: return divide_and_launch<shape<DTYPE, 96>>(a, workspace, stream);
-    case 128: return divide_and_launch<shape<DTYPE, 128>>(a, workspace, stream);
-    default: return divide_and_launch<shape<DTYPE, 256>>(a, workspace, stream);
+    case 64: return launch_shape<DTYPE, 64>(a, workspace, gpu, stream);
+    case 80: return launch_shape<DTYPE, 80>(a, workspace, gpu, stream);
+    case 96: return launch_shape<DTYPE, 96>(a, workspace, gpu, stream);
+    case 128: return launch_shape<DTYPE, 128>(a, workspace, gpu, stream);
+    default: return launch_shape<DTYPE, 256>(a, workspace, gpu, stream);
     }
 }
 
@@ -435,12 +285,13 @@ extern "C" kvc_status kvc_score_cuda(const kvc_score_args *args, kvc_stream stre
     a.pool_kind = args->pool_kind;
     a.pool = args->pool;
     kvc_device_scope scope(args->keys.device_id);
-    cudaError_t error = scope.error;
+    kvc_gpu gpu = {};
+    cudaError_t error = scope.error == cudaSuccess ? kvc_gpu_of(args->keys.device_id, &gpu) : scope.error;
     char *workspace = (char *)args->workspace.data;
     if (error == cudaSuccess) switch (dtype) {
-        case KVC_FLOAT32: error = launch_type<KVC_FLOAT32>(d, a, workspace, (cudaStream_t)stream); break;
-        case KVC_FLOAT16: error = launch_type<KVC_FLOAT16>(d, a, workspace, (cudaStream_t)stream); break;
-        default: error = launch_type<KVC_BFLOAT16>(d, a, workspace, (cudaStream_t)stream); break;
+        case KVC_FLOAT32: error = launch_type<KVC_FLOAT32>(d, a, workspace, gpu, (cudaStream_t)stream); break;
+        case KVC_FLOAT16: error = launch_type<KVC_FLOAT16>(d, a, workspace, gpu, (cudaStream_t)stream); break;
+        default: error = launch_type<KVC_BFLOAT16>(d, a, workspace, gpu, (cudaStream_t)stream); break;
         }
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("score", error);
 }

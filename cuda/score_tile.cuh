@@ -9,7 +9,7 @@
  * Rows in shared memory are 16 bytes longer than what they hold: an odd number of 16-byte pieces, so that the 8 rows
  * that ldmatrix reads at once lie in different banks whatever the head dimension. */
 #pragma once
-#include "common.cuh"
+#include "hopper.cuh"
 
 namespace {
 
@@ -83,12 +83,9 @@ template <int DTYPE> __device__ uint4 gather(const char *row, int piece, int typ
     }
 }
 
-__device__ inline uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
-
 /* 16 bytes to shared memory, zeros unless `has`: nothing is read then. */
-__device__ inline void copy_piece(void *to, const void *from, bool has) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(has ? 16 : 0)
-                 : "memory");
+__device__ inline void copy_piece(uint32_t to, const void *from, bool has) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(has ? 16 : 0) : "memory");
 }
 
 __device__ inline void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -105,7 +102,8 @@ template <typename S, typename Rows> __device__ void load_tile(char *tile, const
             const int i = first + threadIdx.x, row = i / row_pieces, piece = i % row_pieces;
             if (count % S::threads != 0 && i >= count) break;
             const bool has = from.has(begin + row);
-            copy_piece(tile + row * S::pitch + 16 * piece, has ? from.at(begin + row) + 16 * piece : from.base, has);
+            copy_piece(shared_address(tile + row * S::pitch + 16 * piece),
+                       has ? from.at(begin + row) + 16 * piece : from.base, has);
         }
     } else {
 #pragma unroll 1

@@ -1,6 +1,5 @@
 /* w4.cu: kvc_w4_matmul_cuda (w4.h): checks, the job, and which kernel takes it. */
 #include <math.h>
-#include <string.h>
 
 #include "score_common.cuh"
 #include "w4_job.cuh"
@@ -10,12 +9,9 @@ namespace {
 
 constexpr int ALIGN = 256;
 
-/* Whether wgmma is there: the kernels of w4_large.cuh are empty in code for other architectures. */
-bool has_large(const kvc_gpu &device) { return device.capability == 90 && strstr(KVC_CUDA_ARCHS, "90a"); }
-
 int64_t workspace_bytes(int64_t m, const kvc_gpu &device) {
     int64_t words = w4_small_words(m);
-    if (m >= KVC_W4_LARGE_ROWS && has_large(device)) words = w4_large_words(m);
+    if (m >= KVC_W4_LARGE_ROWS && kvc_has_wgmma(device)) words = w4_large_words(m);
     const int64_t bytes = device.multiprocessors * words * (int64_t)sizeof(float);
     return (bytes + ALIGN - 1) / ALIGN * ALIGN;
 }
@@ -108,7 +104,7 @@ extern "C" kvc_status kvc_w4_matmul_cuda(const kvc_w4_matmul_args *args, kvc_str
     }
     KVC_TRY(kvc_expect_workspace("w4_matmul", &args->workspace, workspace_bytes(m, device)));
     const bool half = args->x.dtype == KVC_FLOAT16;
-    if (m >= KVC_W4_LARGE_ROWS && a.aligned && a.x_stride >= 2 * shape->k && has_large(device)) {
+    if (m >= KVC_W4_LARGE_ROWS && a.aligned && a.x_stride >= 2 * shape->k && kvc_has_wgmma(device)) {
         error = half ? kvc_w4_large_half(&a, shape->group, &device, (cudaStream_t)stream)
                      : kvc_w4_large_bfloat(&a, shape->group, &device, (cudaStream_t)stream);
         return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("w4_matmul", error);

@@ -29,7 +29,7 @@
  * trained model's size. A row's probabilities below 2^-126 of its largest are 0. Logits are to stay below 2^29. What
  * can only be seen in the data is not refused, as that would need a wait: first is taken as the nearest of 0..s, NaN,
  * infinity and overflow leave undefined importance in their sequence and KV head, and float32 above 3.4e38 counts as
- * infinite where it is split. The work is divided by shapes alone: the same bits every time.
+ * infinite where it is split. The work is divided by shapes alone: the same bits every time on one device.
  *
  * norms: the L2 norm of every row: of keys a score by itself (Devoto et al., arXiv 2406.11430: keys of small norm draw
  * attention), of values a weight for attention scores. centered: of the row minus its list's mean over real tokens.

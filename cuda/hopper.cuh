@@ -1,4 +1,4 @@
-/* bsr_hopper.cuh: what the wgmma kernel says to the hardware: mbarriers, tensor copies (TMA), wgmma, clusters. */
+/* hopper.cuh: what wgmma's kernels say to the hardware: mbarriers, tensor copies (TMA), wgmma, clusters. */
 #pragma once
 #include <cuda.h>
 
@@ -11,9 +11,9 @@
 
 namespace {
 
-#ifdef KVC_HOPPER
-
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+#ifdef KVC_HOPPER
 
 /* ---- clusters */
 
