@@ -383,8 +383,8 @@ def test_a_layer_that_tokens_go_around_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_quality_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All families are asked and shown; a run that was stopped goes on where it was."""
     out = tmp_path / "q.json"
-    arguments = ["--config_ids", "C2", "C5_m3", "--length", "800", "--questions", "1", "--windows", "1", "--scored",
-                 "64", "--output", str(out)]  # fmt: skip
+    arguments = ["--config_ids", "C1", "C2", "C5_m3", "--length", "800", "--questions", "1", "--windows", "1",
+                 "--scored", "64", "--output", str(out)]  # fmt: skip
     answer, asked = w4_quality.quality.answer, 0
 
     def stops(*given: Any) -> Any:
@@ -402,6 +402,7 @@ def test_quality_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert w4_quality.main(arguments) == 0 and asked == 12 + 5
     found = results.read(out, kind="w4_quality")
     assert list(found["configs"]) == ["C0", "C5_m3"] and "bitsandbytes" in found["skipped"]["C2"]
+    assert found["skipped"]["C1"].startswith("fp8: expected a GPU whose torch multiplies FP8 by rows, got none")
     assert list(tmp_path.iterdir()) == [out]
     said = capsys.readouterr()
     assert "C5_m3" in said.out and "C2 is skipped" in said.err

@@ -57,6 +57,8 @@ def test_the_shipped_matrix() -> None:
     assert loaded.arms("C5_m3") == [found["C5_m3"]]
     usual = loaded.workloads.offline_batch_decode
     assert (usual.prompt_lengths, usual.output_lengths, usual.repeats) == ([128, 512, 2048], [64, 256], 3)
+    serving = loaded.workloads.online_serving
+    assert serving is not None and serving.concurrency == [1, 4, 8, 16, 32] and serving.runner == "vllm"
     # C2 and C6 differ, C4 and C5_m5 do not.
     assert found["C2"].mode != found["C6"].mode
     with pytest.raises(ValueError, match=r"--config_id: expected among C0, C1, .*C5_m0.*, got C10"):
@@ -285,6 +287,77 @@ def test_commands_that_do_not_measure(
     assert offline.main([*arguments, "--out_dir", str(tmp_path)]) == code
     assert said in capfd.readouterr().err
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def measured_by(monkeypatch: pytest.MonkeyPatch, ended: Any) -> list[str]:
+    """Repeats are records that nothing was measured for; ``ended``: their exit codes, by name. -> the names."""
+    asked: list[str] = []
+
+    def repeat(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        path = Path(command[command.index("--out_jsonl") + 1])
+        asked.append(path.stem.rpartition("-")[0])
+        code = ended(asked[-1])
+        if code == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = {"model": "m", "prompt_len": 1, "output_len": 1, "ttft_ms": 1.0, "flags": []}
+            path.write_text(json.dumps({"run_id": f"{path.stem}-p1-o1", "result": result}) + "\n")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", repeat)
+    return asked
+
+
+def test_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(offline.results, "versions", lambda: {"git": "a"})  # which runs git
+    monkeypatch.setattr(offline.results, "machine", dict)
+    arguments = ["--config_id", "C3", "C4", "--repeats", "2", "--device", "cpu", "--out_dir", str(tmp_path)]
+    asked = measured_by(monkeypatch, lambda name: 130 if name == "C4-r1" else 0)
+    assert offline.main(arguments) == 130
+    assert asked == ["C3-r0", "C4-r0", "C3-r1", "C4-r1"]  # they take turns
+    assert not list(tmp_path.rglob("*.csv")) and len(list(tmp_path.rglob("*.jsonl"))) == 3
+    # Other settings are another run's.
+    asked = measured_by(monkeypatch, lambda name: 130)
+    assert offline.main([*arguments, "--output_lens", "7"]) == 130 and asked == ["C3-r0"]
+    asked = measured_by(monkeypatch, lambda name: 0)
+    assert offline.main(arguments) == 0
+    assert asked == ["C4-r1"] and len(list(tmp_path.rglob("*_flat.csv"))) == 2
+    for path in tmp_path.rglob("*_flat.csv"):
+        assert [row["repeat"] for row in offline_table.read_flat(path)] == [0, 1]
+    # What is finished is measured again, beside it.
+    asked = measured_by(monkeypatch, lambda name: 0)
+    assert offline.main(arguments) == 0
+    assert len(asked) == 4 and len(list(tmp_path.rglob("*_flat.csv"))) == 4
+    rows = aggregate.collect(tmp_path / "summary")
+    assert [row["n_repeats"] for row in offline_table.aggregate(rows)] == [4, 4]
+
+
+def test_a_configuration_that_cannot_run_keeps_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offline.results, "versions", dict)
+    monkeypatch.setattr(offline.results, "machine", dict)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    asked = measured_by(monkeypatch, lambda name: 3 if name == "C3-r0" else 0)
+    arguments = ["--config_id", "C1", "C2", "C3", "C4", "C4", "--repeats", "2", "--device", "cpu"]
+    assert offline.main([*arguments, "--out_dir", str(tmp_path)]) == 3
+    assert asked == ["C3-r0", "C4-r0", "C4-r1"]
+    said = capsys.readouterr().err
+    assert "C1 is refused: fp8: expected a GPU whose torch multiplies FP8 by rows" in said
+    assert "C2 is skipped: C2 needs bitsandbytes" in said and "C3: a repeat ended with exit code 3" in said
+    assert [path.name[:3] for path in tmp_path.rglob("*_flat.csv")] == ["C4_"]
+    assert offline.main(["--config_id", "C1", "C4", "--repeats", "1", "--device", "cpu",
+                         "--out_dir", str(tmp_path)]) == 2  # fmt: skip
+
+
+def test_a_repeat_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def records(*arguments: Any) -> Any:
+        yield {"run_id": "a"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline_repeat, "_records", records)
+    arguments = ["--prompt_lens", "1", "--output_lens", "1", "--device", "cpu", "--run_id_prefix", "a"]
+    assert offline_repeat.main([*arguments, "--out_jsonl", str(tmp_path / "r.jsonl")]) == 130
+    assert not list(tmp_path.iterdir())
 
 
 # ---- rows

@@ -123,16 +123,13 @@ def run(options: argparse.Namespace) -> None:
         options.run_id_prefix, "", options.quant_mode, options.dtype, options.scale_mbits, options.group_size,
         options.quant_target, options.rounding,
     )  # fmt: skip
-    options.out_jsonl.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with options.out_jsonl.open("x", encoding="utf-8") as file:
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as file:
             for record in _records(options, arm, device):
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-    except BaseException:
-        if options.out_jsonl.stat().st_size == 0:
-            options.out_jsonl.unlink()
-        raise
+
+    results.replace(options.out_jsonl, write)
 
 
 def _records(options: argparse.Namespace, arm: Arm, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -347,13 +344,14 @@ def energy(
         return {"joules_per_token": None, "energy": {"why": gpu.why}}
 
     def joules(tokens: int) -> tuple[power.Energy, int]:
-        start = time.perf_counter()
-        answer(subject, ids, tokens)
-        count = max(1, int(_ENERGY_SECONDS / (time.perf_counter() - start)) + 1)
+        count = 0
 
         def answers() -> None:
-            for _ in range(count):
+            nonlocal count
+            end = time.perf_counter() + _ENERGY_SECONDS
+            while count == 0 or time.perf_counter() < end:
                 answer(subject, ids, tokens)
+                count += 1
 
         return power.measure(gpu, lambda: states.extend(power.watch(gpu, answers)), idle=idle), count
 

@@ -28,6 +28,12 @@ def why_not(arm: Arm) -> str | None:
     return None
 
 
+def why_refused(arm: Arm, device: torch.device) -> str | None:
+    """Why a configuration cannot run on this device: C1 where torch does not multiply FP8. None: it can."""
+    reason = why_no_fp8(device) if arm.mode in ("fp8", "fp8_te") else None
+    return None if reason is None else f"fp8: expected a GPU whose torch multiplies FP8 by rows, got none: {reason}"
+
+
 def load(path: str | None, dtype: str, device: torch.device) -> tuple[Any, str]:
     """A model in 16 bits, and its name in results; None: the shipped one. ValueError for what is no such model."""
     found = str(places.shipped(places.MODEL, "--model")) if path is None else path
@@ -70,13 +76,9 @@ def prepare(model: Any, arm: Arm) -> dict[str, Any]:
 
 
 def _replace(model: Any, arm: Arm) -> tuple[int, float]:
-    device = next(model.parameters()).device
-    if arm.mode in ("fp8", "fp8_te"):
-        reason = why_no_fp8(device)
-        if reason is not None:
-            raise NotImplementedError(f"fp8: expected a GPU whose torch multiplies FP8 by rows, got none: {reason}")
-    elif why_not(arm) is not None:
-        raise NotImplementedError(str(why_not(arm)))
+    reason = why_not(arm) or why_refused(arm, next(model.parameters()).device)
+    if reason is not None:
+        raise NotImplementedError(reason)
     names = find_linears(model, arm.quant_target)
     nbytes = elements = 0
     for name in names:
