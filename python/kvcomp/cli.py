@@ -458,7 +458,9 @@ def _add_bench_decode(operations: Any) -> None:
                         help="decoder layers of decode steps: auto (default), yes, no, tuned (inductor searches, too), "
                         "or options of torch.compile: name=value,name=value")  # fmt: skip
     decode.add_argument("--no-graphs", action="store_true", help="decode steps are not recorded as CUDA graphs")
-    decode.add_argument("--first-samples", type=int, default=2, help="prompts read for the first token's time")
+    decode.add_argument(
+        "--first-samples", type=int, default=3, help="prompts read for the first token's median time (default: 3)"
+    )
     decode.add_argument("--minutes", type=float, help="begin no part later than this; the next run goes on (--output)")
     decode.add_argument("--seed", type=int, default=0)
     decode.add_argument("--output", type=Path, help="write the results here, as JSON, after every part")
