@@ -466,29 +466,33 @@ def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
         case = {"config_id": config, "model": "m", "prompt_len": "128", "output_len": "64"}
         return case | {"tpot_p50_ms_mean": str(tpot), "tpot_p50_ms_ci95": ci}
 
-    one, two, three, four = w4_claims.answer([row("C3", 5.0), row("C4", 5.05), row("C2", 6.0)], measured)
+    one, two, three, four = w4_claims.answer([[row("C3", 5.0), row("C4", 5.05), row("C2", 6.0)]], measured)
     assert one["holds"] and one["figures"][0]["ratio"] == pytest.approx(1.01)
     assert two["figures"][0]["config_id"] == "C3" and two["figures"][2]["C4 over C3"] == pytest.approx(1, abs=0.005)
     assert [figure["config_id"] for figure in three["figures"][:3]] == ["C5_m0", "C5_m3", "C5_m5"]
     assert four["holds"] and len(four["figures"]) == 2
-    slower = w4_claims.answer([row("C3", 5.0), row("C4", 5.5), row("C2", 4.0)], None)
+    slower = w4_claims.answer([[row("C3", 5.0), row("C4", 5.5), row("C2", 4.0)]], None)
     assert [claim["holds"] for claim in slower] == [False, None, None, False]
+    assert slower[0]["why"] == "1 of 1 cells are more than 2 % apart"
     assert slower[1]["why"] == "no quality of C3 and C4"
+    # What was measured elsewhere is not beside it.
+    apart = [[row("C3", 5.0)], [row("C4", 5.0) | {"device": "cuda"}]]
+    assert w4_claims.answer(apart, None)[0]["why"] == "no times of C4 beside C3"
     # Where repeats differ by more than what is to be told, nothing is.
-    noisy = w4_claims.answer([row("C3", 5.0, "0.4"), row("C4", 5.01, "0.4")], None)[0]
-    assert noisy["holds"] is None and "too much to tell 2 %" in noisy["why"]
+    noisy = w4_claims.answer([[row("C3", 5.0, "0.4"), row("C4", 5.01, "0.4")]], None)[0]
+    assert noisy["holds"] is None and noisy["why"] == "1 of 1 cells vary by too much to tell 2 %"
     # Of windows of text, too.
     windows = {"C5_m0": [2.10, 1.90, 2.0], "C5_m3": [2.01, 1.81, 1.9], "C5_m5": [2.0, 1.82, 1.9]}
     cells = [{"case": {"config_id": name, "task": "held_out"}, "window_losses": losses}
              for name, losses in windows.items()]  # fmt: skip
     sweep = {"configs": {name: measured["configs"][name] for name in windows}, "cells": cells}
-    falls = w4_claims.answer(None, sweep)[2]
+    falls = w4_claims.answer([], sweep)[2]
     assert falls["holds"] is None and falls["why"] == "C5_m3 and C5_m5 cannot be told apart"
     assert falls["figures"][3]["C5_m0 over C5_m3"] == pytest.approx(math.exp(28 / 300))
     cells[2]["window_losses"] = [2.05, 1.85, 1.94]
-    assert w4_claims.answer(None, sweep)[2]["holds"] is False
+    assert w4_claims.answer([], sweep)[2]["holds"] is False
     cells[2]["window_losses"] = [1.99, 1.79, 1.88]
-    assert w4_claims.answer(None, sweep)[2]["holds"] is True
+    assert w4_claims.answer([], sweep)[2]["holds"] is True
     path, out = tmp_path / "q.json", tmp_path / "c.json"
     results.write(path, measured)
     assert w4_claims.main(["--quality_json", str(path), "--output", str(out)]) == 0
@@ -496,9 +500,40 @@ def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert len(json.loads(out.read_text())["claims"]) == 4
     assert w4_claims.main([]) == 2
     _, shown = tables_w4.claim_rows({"claims": [one, two, three, four, slower[1]]})
-    assert shown[0][1:] == ("holds", "time per token of C4 / C3: 1.010 to 1.010 in 1 cells")
-    assert shown[1][2].startswith("perplexity of C4 over C3: ")
-    assert shown[4][1:] == ("not decided (no quality of C3 and C4)", "-")
+    assert shown[0][1:] == ("holds", "time per token of C4 / C3 (m): 1.010 to 1.010 in 1 cells")
+    assert shown[1][2].startswith("perplexity of C4 over C3: ") and "; accuracy of C3 " in shown[1][2]
+    assert shown[4][1:] == ("not decided: no quality of C3 and C4", "-")
+
+
+def test_claims_about_linear_layers(tmp_path: Path) -> None:
+    """Of kvcomp bench w4: C3 are exact scales of 128, C4 E5M5, C2 bitsandbytes."""
+
+    def cell(impl: str, group: int, mbits: int | None, us: float, m: int = 1) -> dict[str, Any]:
+        case = {"n": 8, "k": 4, "m": m, "group": group, "scale_mbits": mbits, "dtype": "bf16"}
+        return {"impl": impl, "case": case, "median_us": us, "samples_us": [us - 0.01, us, us + 0.01]}
+
+    cells = [
+        cell("kvcomp", 128, -1, 10.0), cell("kvcomp", 128, 5, 10.1), cell("kvcomp", 32, -1, 90.0),
+        cell("bitsandbytes NF4", 64, None, 20.0), cell("torch int4", 128, None, 1.0), cell("kvcomp", 128, 5, 50.0, 2),
+        {"impl": "kvcomp weights", "case": {"group": 128, "scale_mbits": 5}, "rel_mse": 0.1},
+        {"impl": "torch sum", "case": {"read": "sum"}, "role": "ceiling"},
+    ]  # fmt: skip
+    found = results.new("w4", command="test") | {"cells": cells, "machine": {"gpu": "G", "cpu": "P"}}
+    one, _, _, four = w4_claims.answer([], None, [found])
+    assert [(f["config_id"], f["place"], f["ratio"]) for f in one["figures"]] == [("C4", "G", pytest.approx(1.01))]
+    assert one["holds"] and 0 < one["figures"][0]["ratio_ci95"] < 0.01
+    assert four["holds"] and [f["ratio"] for f in four["figures"]] == [pytest.approx(0.5), pytest.approx(0.505)]
+    cells[1]["median_us"] = 10.7
+    assert w4_claims.answer([], None, [found])[0]["holds"] is False
+    path, out = tmp_path / "w4.json", tmp_path / "c.json"
+    results.write(path, found)
+    assert w4_claims.main(["--bench_json", str(path), "--output", str(out)]) == 0
+    _, shown = tables_w4.claim_rows(results.read(out, kind="w4_claims"))
+    assert shown[0][1:] == (
+        "does not hold: 1 of 1 cells are more than 2 % apart",
+        "linear layers' time of C4 / C3 (G): 1.070 to 1.070 in 1 cells",
+    )
+    assert w4_claims.main(["--bench_json", str(tmp_path / "none.json")]) == 2
 
 
 def test_tables(measured: dict[str, Any], tmp_path: Path) -> None:

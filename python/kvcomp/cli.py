@@ -578,7 +578,7 @@ def _bench_bsr(options: argparse.Namespace, command: str) -> int:
 def _add_bench_w4(operations: Any) -> None:
     w4 = operations.add_parser(
         "w4",
-        help="linear layers of packed 4-bit weights against cuBLAS, torch's int4 and Humming",
+        help="linear layers of packed 4-bit weights against cuBLAS, torch's int4, Humming and bitsandbytes",
         description="Sections: table (the design's cells), sweep (1 to 8192 rows against cuBLAS), scales (groups and "
         "mantissa bits), weights (errors of weights).",
     )
@@ -612,6 +612,7 @@ def _bench_w4(options: argparse.Namespace, command: str) -> int:
     if options.output is not None:
         results.write(options.output, found)
     report.print_rows(*tables_w4.speed_rows(found), _console(), "x times 4-bit weights")
+    report.print_rows(*tables_w4.target_rows(found), _console(), "what the design asks for")
     return _judge(found)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..bench import w4_goals
 from .report import NOTHING, Results, Row
 
 _SHOWN = (128, 5)  # group and mantissa bits of the main table
 _ROUNDED = {"nearest": "", "floor": ", floor", "search": ", searched"}
-_RIVALS = ("torch int4", "Humming int4")
+_RIVALS = ("torch int4", "Humming int4", "bitsandbytes NF4")
 _SWEPT = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)  # rows of the sweep that are shown
 
 
@@ -58,6 +59,8 @@ def speed_rows(found: Results) -> tuple[Row, list[Row]]:
     """The design's cells of a results object of kind ``w4``, and their rivals."""
     times: dict[tuple[Any, ...], dict[str, Results]] = {}
     with_goals = any("goal_us" in cell for cell in found["cells"])  # the design's are for one GPU
+    # bitsandbytes is optional, and no rival of the design's.
+    beside = [name for name in _RIVALS if name != _RIVALS[2] or any(cell["impl"] == name for cell in found["cells"])]
     for cell in found["cells"]:
         case = cell["case"]
         if "m" in case and (cell["impl"] != "kvcomp" or (case["group"], case["scale_mbits"]) == _SHOWN):
@@ -68,11 +71,12 @@ def speed_rows(found: Results) -> tuple[Row, list[Row]]:
         ours = cells.get("kvcomp")
         if ours is None or (with_goals and "goal_us" not in ours):
             continue
-        others = [f"{cells[name]['median_us']:.1f}" if name in cells else NOTHING for name in ("dense", *_RIVALS)]
+        others = [f"{cells[name]['median_us']:.1f}" if name in cells else NOTHING for name in ("dense", *beside)]
         goal = ours.get("goal_us")
         met = NOTHING if goal is None else f"{goal:g}" + ("" if ours["median_us"] <= goal else " (missed)")
         rows.append((f"{n}×{k}", str(m), dtype, *others, f"{ours['median_us']:.1f}", met, f"{ours['gb_per_s']:.0f}"))
-    return ("N×K", "M", "dtype", "16 bit µs", "torch int4 µs", "Humming µs", "kvcomp µs", "goal µs", "GB/s"), rows
+    names = (f"{name.removeprefix('bitsandbytes ').replace('Humming int4', 'Humming')} µs" for name in beside)
+    return ("N×K", "M", "dtype", "16 bit µs", *names, "kvcomp µs", "goal µs", "GB/s"), rows
 
 
 def sweep_rows(found: Results) -> tuple[Row, list[Row]]:
@@ -116,6 +120,18 @@ def weight_rows(found: Results) -> tuple[Row, list[Row]]:
     return ("scales", "bits per weight", *(f"error, {name}" for name in names)), rows
 
 
+def target_rows(found: Results) -> tuple[Row, list[Row]]:
+    """The same file: every target of the design, and how many of the cells that it is of meet it."""
+    rows: list[Row] = []
+    for one in w4_goals.judge(found):
+        said = (NOTHING, "not measured", NOTHING)
+        if one["cells"]:
+            met = "met" if one["met"] == one["cells"] else "missed"
+            said = (f"{one['met']} of {one['cells']}", met, f"{one['largest']:.3f}: {one['at']}")
+        rows.append((one["target"], *said))
+    return ("asked for", "cells that meet it", "", "largest, over what is allowed"), rows
+
+
 def _described(case: Results) -> str:
     """A format in words."""
     mode = case.get("mode", "w4_shared_scale")
@@ -144,26 +160,25 @@ def claim_rows(found: Results) -> tuple[Row, list[Row]]:
     rows: list[Row] = []
     for one in found["claims"]:
         holds = {True: "holds", False: "does not hold", None: "not decided"}[one["holds"]]
-        rows.append((one["claim"], holds + (f" ({one['why']})" if one["why"] else ""), _figures(one["figures"])))
-    return ("claim", "", "figures"), rows
+        rows.append((one["claim"], holds + (f": {one['why']}" if one["why"] else ""), _figures(one["figures"])))
+    return ("claim", "", "figures [95 %]"), rows
 
 
 def _figures(figures: list[Any]) -> str:
-    """Ratios of times as the ends of all cells'; ratios of perplexities one by one."""
+    """Ratios of times as the ends of all cells of a place; ratios of perplexities one by one, and accuracies."""
     times: dict[str, list[float]] = {}
     said: list[str] = []
+    right = [f"{one['config_id']} {100 * one['accuracy']:.1f} %" for one in figures if "accuracy" in one]
     for one in figures:
-        other = next((name.rpartition("_")[2] for name in one if name.startswith("tpot_p50_ms_")), None)
-        if other is not None:
-            times.setdefault(f"{one['config_id']} / {other}", []).append(one["ratio"])
+        if "place" in one:
+            name = f"{one['what']} of {one['config_id']} / {one['over']} ({one['place']})"
+            times.setdefault(name, []).append(one["ratio"])
         elif "ci95" in one:
             name = next(name for name in one if name != "ci95")
             low, high = one["ci95"]
             said.append(f"perplexity of {name}: {one[name]:.4f} [{low:.4f}, {high:.4f}]")
-    said += [
-        f"time per token of {name}: {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cells"
-        for name, ratios in times.items()
-    ]
+    said += [f"accuracy of {', '.join(right)}"] if right else []
+    said += [f"{name}: {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cells" for name, ratios in times.items()]
     return "; ".join(said) or NOTHING
 
 
@@ -174,6 +189,7 @@ ROWS = {
     "w4_sweep": sweep_rows,
     "w4_scales": scale_rows,
     "w4_weights": weight_rows,
+    "w4_targets": target_rows,
     "w4_claims": claim_rows,
 }
 _QUALITY = Path("experiments/results/w4_quality.json")
@@ -182,6 +198,6 @@ _H200 = Path("experiments/results/h200")
 SOURCES = {
     "w4_quality": (_QUALITY, "w4_quality", "w4_quality"),
     "w4_tasks": (_QUALITY, "w4_quality", "w4_tasks"),
-    **{name: (_H200 / "w4.json", "w4", name) for name in ("w4", "w4_sweep", "w4_scales", "w4_weights")},
-    "w4_claims": (_H200 / "w4_claims.json", "w4_claims", "w4_claims"),
+    **{name: (_H200 / "w4.json", "w4", name) for name in ("w4", "w4_sweep", "w4_scales", "w4_weights", "w4_targets")},
+    "w4_claims": (Path("experiments/results/w4_claims.json"), "w4_claims", "w4_claims"),
 }
