@@ -130,7 +130,8 @@ def test_bytes_of_quantized_tensors_are_those_within() -> None:
 
 
 def test_what_is_asked_of_cells() -> None:
-    """Targets of Llama-3.1-8B's shape at 4 bits; cells of other shapes, bits and weights have none."""
+    """Targets of Llama-3.1-8B's shape at 4 bits, with weights of 4 bits of a token's time alone; cells of other shapes
+    and bits have none."""
     case = {"model": "llama-3.1-8b", "b": 1, "s": 32768, "w_bits": 16, "new": 256, "k_bits": 4, "v_bits": 4}
     ours = {"impl": "kvcomp", "case": case, "tpot_ms": 5.0, "ttft_ms": 1410.0, "kv_ratio": 3.75}
     plain = [
@@ -153,10 +154,13 @@ def test_what_is_asked_of_cells() -> None:
         }
     )
     assert goals.verdict(cell, only="target_tpot_ms") == "≤ 5.5: met by 9.1 %"
-    for change in ({"b": 32}, {"s": 4096}, {"k_bits": 2, "v_bits": 2}, {"model": "tiny"}, {"w_bits": 4}):
+    for change in ({"b": 32}, {"s": 4096}, {"k_bits": 2, "v_bits": 2}, {"model": "tiny"}, {"w_bits": 4, "b": 32}):
         (other,) = decode_goals.relate([ours | {"case": case | change}])
         assert set(goals.excess(other)) == ({"target_kv_ratio"} if change == {"b": 32} else set())
         assert "times_plain" not in other
+    for batch, target in ((1, 3.0), (8, 5.0)):
+        (small,) = decode_goals.relate([ours | {"case": case | {"w_bits": 4, "b": batch}}])
+        assert goals.excess(small) == {"target_tpot_ms": pytest.approx(5 / target - 1)}
 
 
 def test_files_of_another_machine_are_made_anew(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_raw_records(out: Path) -> None:
             assert found["peak_gpu_mem_mb"] is None and 6 < found["model_mem_mb"] < 6.5
             assert found["joules_per_token"] is None and found["energy"]["why"] == "the run is on the CPU"
             assert record["gpu_state_before"] == {"pynvml_error": "the run is on the CPU"}
-            assert {"time", "platform", "python", "torch", "gpu_name", "gpu_cc", "gpu_count"} <= set(record["env"])
+            assert {"time", "platform", "cpu", "cores", "python", "torch", "gpu_name", "gpu_cc"} <= set(record["env"])
 
 
 def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

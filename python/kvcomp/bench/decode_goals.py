@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-_TPOT_MS = {1: 5.5, 8: 7.5}  # a token, by batch, of Llama-3.1-8B's shape, 32k tokens of prompt and 4 bits
+# Of Llama-3.1-8B's shape, 32k tokens of prompt and 4 bits of K and V: a token, by bits of weights and by batch.
+_TPOT_MS = {16: {1: 5.5, 8: 7.5}, 4: {1: 3.0, 8: 5.0}}
 _TIMES_PLAIN = {1: 3.0, 8: 9.0}  # faster than the better one of transformers' DynamicCache and StaticCache
 _TTFT_RATIO = 1.01  # first token, over the fastest plain one
 _KV_RATIO = 3  # times that bf16's KV bytes are those held, everything counted
@@ -24,10 +25,14 @@ def relate(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if plain:
                 cell["times_plain"] = min(other["tpot_ms"] for other in plain) / cell["tpot_ms"]
                 cell["ttft_ratio"] = cell["ttft_ms"] / min(other["ttft_ms"] for other in plain)
-            if case.get("w_bits", 16) == 16 and all(case.get(name) == usual for name, usual in _USUAL.items()):
-                cell |= {"target_ttft_ratio": _TTFT_RATIO, "target_kv_ratio": _KV_RATIO}
-                if case["b"] in _TPOT_MS:
-                    cell |= {"target_tpot_ms": _TPOT_MS[case["b"]], "target_times_plain": _TIMES_PLAIN[case["b"]]}
+            if all(case.get(name) == usual for name, usual in _USUAL.items()):
+                weights, batch = case.get("w_bits", 16), case["b"]
+                if batch in _TPOT_MS[weights]:
+                    cell["target_tpot_ms"] = _TPOT_MS[weights][batch]
+                if weights == 16:
+                    cell |= {"target_ttft_ratio": _TTFT_RATIO, "target_kv_ratio": _KV_RATIO}
+                    if batch in _TIMES_PLAIN:
+                        cell["target_times_plain"] = _TIMES_PLAIN[batch]
         related.append(cell)
     return related
 

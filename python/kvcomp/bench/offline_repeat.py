@@ -390,10 +390,10 @@ def _packed_bytes(subject: Subject, timed: Timed) -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a record was made; no names of hosts or users."""
-    found = results.versions()
+    found, machine = results.versions(), results.machine()
     env = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "platform": results.machine()["platform"],
+        **{name: machine[name] for name in ("platform", "cpu", "cores")},
         **{name: found[name] for name in ("kvcomp", "git", "python", "torch", "transformers")},
         "cuda_version": torch.version.cuda,
         "gpu_name": None,
