@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,25 @@ def upload(array: Array, device: Any) -> Any:
 
     copy = staged(array, device).to(device, non_blocking=True, copy=True)
     return copy.view(getattr(torch, array.dtype.name))
+
+
+def fetching(*tensors: Any) -> Callable[[], list[Array]]:
+    """Tensors of one device on their way to the host, behind what their stream is doing; the call waits for them."""
+    import torch
+
+    if not tensors or tensors[0].device.type != "cuda":
+        copies = [tensor.clone().numpy() for tensor in tensors]
+        return lambda: copies
+    there = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(there, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def fetched() -> list[Array]:
+        arrived.synchronize()
+        return [copy.numpy() for copy in there]
+
+    return fetched
 
 
 def real_counts(op: str, name: str, given: Any, batch: int, q: int) -> Array | None:
