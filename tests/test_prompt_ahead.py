@@ -160,3 +160,18 @@ def test_a_layer_that_waits_holds_no_queries(device: None) -> None:
     compressor.add(layers[0])
     del layers
     assert compressor._begun is not None and not len(held)
+
+
+@pytest.mark.parametrize("when", ["add", "finish"])
+def test_a_device_without_room_is_one_sentence(when: str, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    compressor = Compressor(POLICIES["plan"], LAYERS)
+    first, *others = layers_of()
+    compressor.add(first)
+    for layer in others if when == "finish" else ():
+        compressor.add(layer)
+    monkeypatch.setattr(prompt, "peaks_on_gpu" if when == "add" else "check_peaks", full)
+    with pytest.raises(MemoryError, match=r"^compress: memory: expected room for rows and sums on cpu, got none$"):
+        compressor.finish() if when == "finish" else compressor.add(others[0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,20 @@ def upload(array: Array, device: Any) -> Any:
 
     copy = staged(array, device).to(device, non_blocking=True, copy=True)
     return copy.view(getattr(torch, array.dtype.name))
+
+
+@contextmanager
+def memory_of(op: str, device: Any) -> Iterator[None]:
+    """MemoryError, in one sentence, where torch finds no room on ``device`` inside; None: on the host."""
+    if device is None:
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MemoryError(f"{op}: memory: expected room for rows and sums on {device}, got none") from None
 
 
 def fetching(*tensors: Any) -> Callable[[], list[Array]]:

@@ -13,7 +13,7 @@ from . import _C
 from .choose import candidates_of, layer_priorities, layer_shares
 from .devices import arena_on, kind_of_layer, refuse_hold
 from .hold import compact, least_held
-from .layer_input import Array, LayerInput, cuda_of, first_tokens, upload
+from .layer_input import Array, LayerInput, cuda_of, first_tokens, memory_of, upload
 from .measure import at_random, check_peaks, distortion_begun, importance_begun, peaks_on_gpu, recency
 from .packed import Packed, Report, ratio_text
 from .pages import GRANULE_BYTES, PageRows, WholePages, bytes_held, write_pages
@@ -79,6 +79,11 @@ class Compressor:
         if index == 0:
             self._begin(layer)
         self._shapes.append(layer.shape)
+        with memory_of("compress", self._device):
+            self._take(layer, index)
+
+    def _take(self, layer: LayerInput, index: int) -> None:
+        """Measures the layer that was just added, and packs it where nothing is kept."""
         if self._device is not None:
             self._peaks += [(f"{name}: layer {index}", part) for name, part in peaks_on_gpu(layer, self._first)]
         if self._whole is not None:
@@ -97,6 +102,10 @@ class Compressor:
         """All layers have been added."""
         if len(self._shapes) != self.layers:
             raise ValueError(f"compress: layers: expected {self.layers}, got {len(self._shapes)}")
+        with memory_of("compress", self._device):
+            return self._finish()
+
+    def _finish(self) -> Packed:
         self._catch_up()
         check_peaks(self._peaks)
         if self._ready:
