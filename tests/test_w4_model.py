@@ -208,7 +208,7 @@ def test_scales_of_bitsandbytes_are_counted() -> None:
     layer = torch.nn.Linear(4, 4, bias=False)
     layer.weight.quant_state = State(8, State(2))
     assert model_bytes(torch.nn.Sequential(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
-    assert sum(part.nbytes for part in arms._held(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
+    assert sum(part.nbytes for part in arms.held(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
 
 
 def test_weights_that_are_not_finite_change_nothing() -> None:
@@ -463,7 +463,8 @@ def test_families_that_count() -> None:
 
 def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def row(config: str, tpot: float, ci: str = "0.01") -> dict[str, str]:
-        case = {"config_id": config, "model": "m", "prompt_len": "128", "output_len": "64"}
+        case = {"config_id": config, "model": "m", "prompt_len": "128", "output_len": "64", "processor": "P",
+                "kv_cache_dtype": "auto"}  # fmt: skip
         return case | {"tpot_p50_ms_mean": str(tpot), "tpot_p50_ms_ci95": ci}
 
     one, two, three, four = w4_claims.answer([[row("C3", 5.0), row("C4", 5.05), row("C2", 6.0)]], measured)
@@ -476,7 +477,7 @@ def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert slower[0]["why"] == "1 of 1 cells are more than 2 % apart"
     assert slower[1]["why"] == "no quality of C3 and C4"
     # What was measured elsewhere is not beside it.
-    apart = [[row("C3", 5.0)], [row("C4", 5.0) | {"device": "cuda"}]]
+    apart = [[row("C3", 5.0)], [row("C4", 5.0) | {"processor": "Q"}]]
     assert w4_claims.answer(apart, None)[0]["why"] == "no times of C4 beside C3"
     # Where repeats differ by more than what is to be told, nothing is.
     noisy = w4_claims.answer([[row("C3", 5.0, "0.4"), row("C4", 5.01, "0.4")]], None)[0]
@@ -500,7 +501,7 @@ def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert len(json.loads(out.read_text())["claims"]) == 4
     assert w4_claims.main([]) == 2
     _, shown = tables_w4.claim_rows({"claims": [one, two, three, four, slower[1]]})
-    assert shown[0][1:] == ("holds", "time per token of C4 / C3 (m): 1.010 to 1.010 in 1 cells")
+    assert shown[0][1:] == ("holds", "time per token of C4 / C3 (m, P): 1.010 to 1.010 in 1 cells")
     assert shown[1][2].startswith("perplexity of C4 over C3: ") and "; accuracy of C3 " in shown[1][2]
     assert shown[4][1:] == ("not decided: no quality of C3 and C4", "-")
 

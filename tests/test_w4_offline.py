@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from experiment_support import EXPERIMENTS, ROOT  # noqa: E402
 from kvcomp.bench import aggregate, offline, offline_repeat, offline_table, power  # noqa: E402
+from kvcomp.experiment import tables_w4  # noqa: E402
 from kvcomp.w4 import arms, matrix  # noqa: E402
 
 MATRIX = EXPERIMENTS / "experiment_matrix.yaml"
@@ -212,6 +213,14 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert float(one["tpot_ms_std"]) == pytest.approx(half * math.sqrt(2))
     assert float(one["tpot_ms_ci95"]) == pytest.approx(12.7062 * half, rel=1e-5)
     assert one["joules_per_token_mean"] == "" and one["peak_gpu_mem_mb_mean"] == ""
+    # The same, as a table of a Markdown file.
+    _, shown = tables_w4.offline_rows({"rows": offline_table.read_aggregated(table)})
+    assert [row[:3] for row in shown] == [
+        ("tiny-base", case, "C4") for case in ("16 / 1", "16 / 5", "33 / 1", "33 / 5")
+    ]  # fmt: skip
+    assert " ± " in shown[0][3] and shown[0][4] == "-" and shown[3][6] == "6.4" and shown[3][7:] == ("-", "-", "2")
+    with pytest.raises(ValueError, match=r"expected a table of aggregate_results\.py, got another file"):
+        offline_table.read_aggregated(flat)
     # Aggregated rows are never taken for repeats.
     with pytest.raises(ValueError, match="expected one row for every repeat, got aggregated rows"):
         offline_table.read_flat(agg)
@@ -300,7 +309,8 @@ def measured_by(monkeypatch: pytest.MonkeyPatch, ended: Any) -> list[str]:
         if code == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             result = {"model": "m", "prompt_len": 1, "output_len": 1, "ttft_ms": 1.0, "flags": []}
-            path.write_text(json.dumps({"run_id": f"{path.stem}-p1-o1", "result": result}) + "\n")
+            env = {"gpu_name": None, "cpu": "P", "git": "a"}
+            path.write_text(json.dumps({"run_id": f"{path.stem}-p1-o1", "env": env, "result": result}) + "\n")
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(subprocess, "run", repeat)
@@ -382,8 +392,9 @@ def test_aggregate() -> None:
     apart = [*rows_of(1.0), *rows_of(2.0, model="n"), *rows_of(3.0, config_id="C3"), *rows_of(4.0, output_len=256)]
     assert len(offline_table.aggregate(apart)) == 4
     assert offline_table.aggregate([]) == []
-    with pytest.raises(ValueError, match="device: expected cuda in all repeats of C4"):
-        offline_table.aggregate([*rows_of(1.0), *rows_of(2.0, subrun_id="x", device="cpu")])
+    for name, value in (("device", "cpu"), ("processor", "Q"), ("git", "b")):
+        with pytest.raises(ValueError, match=f"{name}: expected .* in all repeats of C4 .*, got {value}"):
+            offline_table.aggregate([*rows_of(1.0), *rows_of(2.0, subrun_id="x", **{name: value})])
 
 
 def test_models_of_one_name_are_not_one() -> None:

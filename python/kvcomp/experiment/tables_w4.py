@@ -132,6 +132,28 @@ def target_rows(found: Results) -> tuple[Row, list[Row]]:
     return ("asked for", "cells that meet it", "", "largest, over what is allowed"), rows
 
 
+def offline_rows(found: Results) -> tuple[Row, list[Row]]:
+    """One row per configuration and case of a table of scripts/aggregate_results.py, of one processor."""
+    rows: list[Row] = []
+    for row in found["rows"]:
+        shown = [_mean(row, name, digits) for name, digits in (("ttft_ms", 1), ("tpot_p50_ms", 2))]
+        shown += [_mean(row, "throughput_output_tok_s", 0), _mean(row, "model_mem_mb", 1)]
+        shown += [_mean(row, "peak_gpu_mem_mb", 0), _mean(row, "joules_per_token", 2)]
+        case = f"{row['prompt_len']} / {row['output_len']}"
+        rows.append((row["model"], case, row["config_id"], *shown, row["n_repeats"]))
+    rows.sort(key=lambda row: [row[0], *map(int, row[1].split(" / ")), row[2]])
+    return ("model", "tokens in / out", "", "TTFT ms", "ms a token", "tokens/s", "model MiB", "GPU MiB", "J a token",
+            "repeats"), rows  # fmt: skip
+
+
+def _mean(row: Results, name: str, digits: int) -> str:
+    """A mean, and half of its 95 % interval where that is not zero."""
+    if not row[f"{name}_mean"]:
+        return NOTHING
+    half = f"{float(row[f'{name}_ci95'] or 0):.{digits}f}"
+    return f"{float(row[f'{name}_mean']):.{digits}f}" + (f" ± {half}" if float(half) else "")
+
+
 def _described(case: Results) -> str:
     """A format in words."""
     mode = case.get("mode", "w4_shared_scale")
@@ -191,6 +213,7 @@ ROWS = {
     "w4_weights": weight_rows,
     "w4_targets": target_rows,
     "w4_claims": claim_rows,
+    "w4_offline": offline_rows,
 }
 _QUALITY = Path("experiments/results/w4_quality.json")
 _H200 = Path("experiments/results/h200")
@@ -199,5 +222,7 @@ SOURCES = {
     "w4_quality": (_QUALITY, "w4_quality", "w4_quality"),
     "w4_tasks": (_QUALITY, "w4_quality", "w4_tasks"),
     **{name: (_H200 / "w4.json", "w4", name) for name in ("w4", "w4_sweep", "w4_scales", "w4_weights", "w4_targets")},
+    "w4_offline": (Path("experiments/results/cpu/w4_paper_table.csv"), "w4_offline", "w4_offline"),
+    "w4_offline_h200": (_H200 / "w4_paper_table.csv", "w4_offline", "w4_offline"),
     "w4_claims": (Path("experiments/results/w4_claims.json"), "w4_claims", "w4_claims"),
 }

@@ -14,7 +14,6 @@ window, the ratio does.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -25,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import results
-from ..bench.offline_table import half_interval
+from ..bench.offline_table import half_interval, read_aggregated
 
 BAD_INPUT = 2
 SAME_SPEED = 0.02  # what two times may differ by and still be called the same
@@ -64,15 +63,14 @@ def _tokens(table: Sequence[Row]) -> Iterator[_Time]:
     """Times per token (the median of an answer's), means over repeats."""
     for row in table:
         if row["tpot_p50_ms_mean"]:
-            place = ", ".join(part for part in (row["model"], row.get("device"), _cache(row)) if part)
+            place = ", ".join(part for part in (row["model"], row["processor"], _cache(row)) if part)
             case = f"{row['prompt_len']} in, {row['output_len']} out"
             half = float(row["tpot_p50_ms_ci95"] or 0)
             yield _Time(row["config_id"], "time per token", place, case, "ms", float(row["tpot_p50_ms_mean"]), half)
 
 
 def _cache(row: Row) -> str:
-    kind = row.get("kv_cache_dtype", "auto")
-    return "" if kind == "auto" else f"cache {kind}"
+    return "" if row["kv_cache_dtype"] == "auto" else f"cache {row['kv_cache_dtype']}"
 
 
 def _layers(found: Mapping[str, Any]) -> Iterator[_Time]:
@@ -177,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("expected --agg_csv, --bench_json or --quality_json, got none of them")
         if options.output is not None:
             results.check_writable(options.output, "--output")
-        tables = [read_table(path) for path in options.agg_csv]
+        tables = [read_aggregated(path) for path in options.agg_csv]
         products = [results.read(path, kind="w4") for path in options.bench_json]
         quality = None if options.quality_json is None else results.read(options.quality_json, kind="w4_quality")
         found = results.new("w4_claims", command=" ".join(["python scripts/w4_claims.py", *given]))
@@ -193,14 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for figure in one["figures"]:
             print("   " + ", ".join(f"{name} {_short(value)}" for name, value in figure.items()))
     return 0
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"tpot_p50_ms_mean", "tpot_p50_ms_ci95", "config_id", "model"} <= set(rows[0]):
-        raise ValueError(f"--agg_csv: expected a table of aggregate_results.py, got {path}")
-    return rows
 
 
 def _short(value: Any) -> str:
