@@ -4,6 +4,7 @@ the same as when every layer is waited for."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,8 +153,54 @@ def test_what_a_gpu_gives_on_is_refused_when_it_is_waited_for() -> None:
         coming()
 
 
-def test_a_layer_that_waits_holds_no_queries(device: None) -> None:
-    compressor = Compressor(POLICIES["H2O"], LAYERS)
+class There(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 1))  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_copies_are_read_when_the_gpu_has_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into page-locked memory, behind what the stream of the tensors' own device does."""
+    log: list[Any] = []
+    empty = torch.empty
+
+    def locked(*shape: Any, pin_memory: bool, **how: Any) -> Any:
+        assert pin_memory
+        log.append("memory")
+        return empty(*shape, **how)
+
+    def stream(device: Any) -> Any:
+        assert device == torch.device("cuda", 1)
+        return SimpleNamespace(record_event=event)
+
+    def event() -> Any:
+        log.append("event")
+        return SimpleNamespace(synchronize=lambda: log.append("waited"))
+
+    monkeypatch.setattr(torch, "empty", locked)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    copied = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda to, tensor, non_blocking: (log.append("copy"), copied(to, tensor))[1]
+    )
+    given = [torch.arange(6.0).view(2, 3), torch.zeros(0, 4)]
+    coming = layer_input.fetching(*(tensor.as_subclass(There) for tensor in given))
+    assert log == ["memory", "memory", "copy", "copy", "event"]
+    found = coming()
+    assert log[5:] == ["waited"] and all(np.array_equal(one, other) for one, other in zip(found, given, strict=True))
+
+
+def test_what_stays_is_not_in_the_memory_that_a_gpu_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is page-locked, and as much for every layer."""
+    locked = np.ones((2, 1, 3), np.float32)
+    monkeypatch.setattr(measure, "fetching", lambda *tensors: lambda: [locked])
+    assert not np.shares_memory(measure._fetching(torch.ones(2, 1, 3), "score: keys")(), locked)
+
+
+@pytest.mark.parametrize("name", ["plan", "H2O", "norms", "streaming", "random", "position", "rotation"])
+def test_a_layer_that_waits_holds_no_queries(name: str, device: None) -> None:
+    compressor = Compressor(POLICIES[name], LAYERS)
     layers = layers_of()
     held = torch.utils.weak.WeakTensorKeyDictionary()
     held[layers[0].queries] = 0

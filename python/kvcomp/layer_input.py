@@ -91,7 +91,9 @@ def memory_of(op: str, device: Any) -> Iterator[None]:
 
 
 def fetching(*tensors: Any) -> Callable[[], list[Array]]:
-    """Tensors of one device on their way to the host, behind what their stream is doing; the call waits for them."""
+    """Tensors of one device on their way to the host, behind what their stream is doing; the call waits for them.
+
+    What it gives lies in page-locked memory, of which torch keeps as much as was ever held at once: copy what stays."""
     import torch
 
     if not tensors or tensors[0].device.type != "cuda":

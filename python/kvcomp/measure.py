@@ -28,13 +28,14 @@ def importance_begun(layer: LayerInput, policy: Policy, index: int) -> Callable[
             raise ValueError("compress: importance: expected finite values of 0 or more, got NaN, Inf or less")
         return lambda: given
     select = policy.select if policy.select is not None else AUTOMATIC
+    shape = layer.shape  # what waits holds neither rows nor queries
     if isinstance(select, Streaming):
-        return lambda: recency(layer)
+        return lambda: recency(shape)
     if isinstance(select, Random):
-        return lambda: at_random(layer, policy.seed, index)
+        return lambda: at_random(shape, policy.seed, index)
     found = _norms(layer, layer.keys) if isinstance(select, KeyNorm) else _attention(layer, select)
     weights = None if select.values == "none" else _norms(layer, layer.values, centered=select.values == "centered")
-    real = np.arange(layer.shape[2]) >= first_tokens(layer)[:, None]
+    real = np.arange(shape[2]) >= first_tokens(layer)[:, None]
 
     def importance() -> Array:
         importance = found()
@@ -48,15 +49,15 @@ def importance_begun(layer: LayerInput, policy: Policy, index: int) -> Callable[
     return importance
 
 
-def recency(layer: LayerInput) -> Array:
-    """(b, h, s): newer tokens are more important."""
-    b, h, s, _ = layer.shape
+def recency(shape: tuple[int, int, int, int]) -> Array:
+    """(b, h, s): newer tokens are more important; ``shape``: of a layer."""
+    b, h, s, _ = shape
     return np.broadcast_to(np.arange(1, s + 1, dtype=np.float32) / max(s, 1), (b, h, s)).copy()
 
 
-def at_random(layer: LayerInput, seed: int, index: int) -> Array:
-    """(b, h, s) uniform in [0, 1)."""
-    return np.random.default_rng((seed, index)).random(layer.shape[:3], np.float32)
+def at_random(shape: tuple[int, int, int, int], seed: int, index: int) -> Array:
+    """(b, h, s) uniform in [0, 1); ``shape``: of a layer."""
+    return np.random.default_rng((seed, index)).random(shape[:3], np.float32)
 
 
 def _norms(layer: LayerInput, rows: Any, *, centered: bool = False) -> Callable[[], Array]:
@@ -100,7 +101,7 @@ def _fetching(found: Any, what: str) -> Callable[[], Array]:
         if not np.isfinite(there).all():
             sequence = int(np.flatnonzero(~np.isfinite(there).all((1, 2)))[0])
             raise ValueError(f"{what}: expected finite values, got NaN or infinity in sequence {sequence}")
-        return there
+        return there.copy()  # kept until the prompt's end: in pageable memory
 
     return fetched
 

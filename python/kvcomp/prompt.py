@@ -207,9 +207,9 @@ class Compressor:
             kept = candidates_of(worth, self._first, policy, index, self.layers)
             fixed[kept == 0] = 0
             if policy.allocate == "random":
-                worth = at_random(rows, policy.seed, index)
+                worth = at_random(rows.shape, policy.seed, index)
             elif policy.allocate == "position":
-                worth = recency(rows)
+                worth = recency(rows.shape)
             priority = float(layer_priorities(select, self.layers)[index])
             errors = None if tables is None else tables()
             return Ready(rows, index, worth, self._first, kept, fixed, errors, priority, self.layers)

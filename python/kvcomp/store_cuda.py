@@ -251,7 +251,7 @@ class CudaLayer(PackedLayer):
         if self._matrices is None:
             assert self.rotation is not None and self._value_back is not None
             parts = (*self.rotation, self._value_back)
-            self._matrices = tuple(torch.from_numpy(part).to(self._shared()[1].device) for part in parts)
+            self._matrices = tuple(upload(part, self._shared()[1].device) for part in parts)
         return self._matrices
 
     def _attend(
@@ -287,7 +287,7 @@ class CudaLayer(PackedLayer):
         mass: Any = None,
     ) -> Any:
         """PackedLayer.attend."""
-        with memory_of("attend", queries.device):
+        with memory_of("attend", getattr(queries, "device", None)):
             if self.rotation is None:
                 return super().attend(queries, scale=scale, softcap=softcap, new_tokens=new_tokens, out=out, mass=mass)
             return self._attend_rotated(queries, scale, softcap, new_tokens, out, mass)
