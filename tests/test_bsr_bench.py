@@ -425,10 +425,14 @@ def test_the_dense_way_and_the_dense_rival_take_turns(monkeypatch: pytest.Monkey
     assert bsr.bench(settings, command="", tell=lambda line: None)["cells"][1]["timing"] == "clock"
 
 
+_ONCE = -(10**6)
+
+
 def test_events_alternate_behind_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of a GPU: one call keeps it busy, then events around as many as take a millisecond; the first is left
-    out, slow calls have nothing before them."""
+    out, slow calls have nothing before them. No call finds its inputs where the one before has left them."""
     log: list[str] = []
+    numbers: list[int] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -445,13 +449,14 @@ def test_events_alternate_behind_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bsr_samples, "_once", lambda call, copies, device: call(-1))
+    monkeypatch.setattr(bsr_samples, "_once", lambda call, copies, device: call(_ONCE))
     once = {"a": 600.0, "b": 300.0}
 
     def named(name: str) -> bsr_samples.Call:
         def call(number: int) -> float:
-            if number >= 0:
+            if number != _ONCE:
                 log.append(name)
+                numbers.extend([number] * (name == "b"))
             return once[name]
 
         return call
@@ -459,6 +464,7 @@ def test_events_alternate_behind_work(monkeypatch: pytest.MonkeyPatch) -> None:
     found, how = bsr_samples.in_turn({name: named(name) for name in once}, 1, 7, 5, "cuda")
     assert how == "events" and found == {"a": [1500.0] * 7, "b": [500.0] * 7}
     assert "".join(log) == "a|a|b|bbb|" * 8
+    assert numbers[:8] == [-1, 0, 1, 2, 2, 3, 4, 5]
     log.clear()
     once["a"] = 1e5
     assert bsr_samples.of(named("a"), 1, 7, 5, "cuda") == ([1500.0] * 5, "events")

@@ -75,7 +75,7 @@ def _between_events(call: Call, number: int, once: float) -> float:
     each = max(1, int(_SAMPLE_US / max(once, 1.0)))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call,unused-ignore]
     if once < _SLOW_US:
-        call(number * each)
+        call(number * each - 1)  # of other inputs than those that follow
     begin.record()
     for i in range(each):
         call(number * each + i)
