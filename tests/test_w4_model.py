@@ -6,6 +6,7 @@ the tests below fail where an evaluation goes around its layers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import weakref
@@ -37,6 +38,7 @@ from kvcomp.w4 import pareto as w4_pareto  # noqa: E402
 from kvcomp.w4 import quality as w4_quality  # noqa: E402
 from kvcomp.w4.model import model_bytes  # noqa: E402
 
+BNB = "bitsandbytes"
 MATRIX = EXPERIMENTS / "experiment_matrix.yaml"
 TINY = EXPERIMENTS / "models" / "tiny-base"
 TEXT = EXPERIMENTS / "data" / "held_out.txt"
@@ -63,6 +65,12 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(before[0])
     _C.set_threads(before[1])
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == BNB else find(name, *more))
 
 
 def shipped() -> matrix.Matrix:
@@ -160,6 +168,21 @@ def test_t5_keeps_what_it_reads_itself() -> None:
         quantize_model(model, "all", group_size=32)
         near = model(input_ids=ids, decoder_input_ids=ids).logits
     assert 0 < (exact - near).norm() / exact.norm() < 0.3
+
+
+def test_a_layer_in_two_places_is_one_after_too() -> None:
+    model = torch.nn.Sequential(linear := torch.nn.Linear(32, 32), torch.nn.SiLU(), linear)
+    made = quantize_model(model, "all", group_size=32)
+    assert model[0] is model[2] and isinstance(model[0], SharedScaleLinear) and len(made.layers) == 1
+    assert model_bytes(model) == made.nbytes + 4 * 32
+
+
+def test_models_without_what_is_asked_for() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    with pytest.raises(ValueError, match=r"0: expected weights that are loaded, got none \(device meta\)"):
+        quantize_model(model, "all", group_size=32)
+    assert report(model).bits_per_weight == 0 and type(model[0]) is torch.nn.Linear
 
 
 class Doubled(torch.nn.Linear):
@@ -267,7 +290,8 @@ def test_sensitivity_of_every_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "scale_mbits: expected -1 (exact) or 0 to 10, got 12" in capsys.readouterr().err
 
 
-def test_memory_audit(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_memory_audit() -> None:
     loaded = matrix.load(MATRIX)
     asked = [arm for name in ("C0", "C1", "C2", "C3", "C4", "C7") for arm in loaded.arms(name)]
     said: list[str] = []
@@ -279,6 +303,16 @@ def test_memory_audit(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[name]["saving_pct"] == pytest.approx(found[name]["theoretical_saving_pct"], abs=1e-6)
         assert found[name]["bits_per_weight"] == pytest.approx(found[name]["theoretical_bits_per_weight"])
     assert found["C7"]["model_mem_mb"] < found["C4"]["model_mem_mb"] < found["C3"]["model_mem_mb"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec(BNB) is None, reason="bitsandbytes is not installed")
+def test_scales_that_are_quantized_again_are_what_c6_saves() -> None:
+    """C2 and C6 are NF4 in blocks of 64 of the same layers: 32 bits a scale, or 8 and 32 for every 256 of them."""
+    asked = [arm for name in ("C0", "C2", "C6") for arm in matrix.load(MATRIX).arms(name)]
+    plain, nf4, double = analysis.audit(None, asked, torch.device("cpu"), print)
+    assert plain["model_mem_mb"] > nf4["model_mem_mb"] > double["model_mem_mb"]
+    assert nf4["bits_per_weight"] == pytest.approx(4.5, rel=0.005)
+    assert double["bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / 256 / 64, rel=0.02)
 
 
 def test_memory_audit_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +414,7 @@ def test_a_layer_that_tokens_go_around_is_found(monkeypatch: pytest.MonkeyPatch)
     assert {cell["error"]["value"] for cell in found["cells"] if cell["case"]["config_id"] == "C4"} == {1.0}
 
 
+@pytest.mark.usefixtures("without_bitsandbytes")
 def test_quality_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All families are asked and shown; a run that was stopped goes on where it was."""
     out = tmp_path / "q.json"

@@ -48,7 +48,8 @@ class W4Report:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.weights
+        """0 of no layers."""
+        return 8 * self.nbytes / max(self.weights, 1)
 
 
 def find_linears(model: torch.nn.Module, target: str = "mlp", skip: Sequence[str] = ()) -> list[str]:
@@ -120,7 +121,8 @@ def quantize_model(
     other, where they are. A transformers model is then one that save_pretrained and from_pretrained know.
 
     ValueError for formats that do not exist, models without such layers and models that are quantized already (their
-    configuration has room for one format); weights that are not finite are found before anything is replaced."""
+    configuration has room for one format); weights that are not finite, or not there (device meta), are found before
+    anything is replaced."""
     weights.check_format("quantize_model", group_size, scale_mbits, rounding)
     held = len(report(model).layers)
     if held or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
@@ -130,7 +132,10 @@ def quantize_model(
         )
     names = find_linears(model, target, skip)
     for name in names:
-        if not bool(linear_at(model, name).weight.isfinite().all()):
+        weight = linear_at(model, name).weight
+        if weight.is_meta:
+            raise ValueError(f"quantize_model: {name}: expected weights that are loaded, got none (device meta)")
+        if not bool(weight.isfinite().all()):
             raise ValueError(f"quantize_model: {name}: expected finite weights, got NaN or Inf")
     for name in names:
         layer = SharedScaleLinear.from_linear(linear_at(model, name), group_size, scale_mbits, rounding=rounding)
@@ -161,8 +166,12 @@ def linear_at(model: torch.nn.Module, name: str) -> torch.nn.Linear:
 
 
 def replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    """Wherever the module of this name is: a model may have one in several places."""
+    former = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for last, child in list(parent._modules.items()):
+            if child is former:
+                setattr(parent, last, module)
 
 
 def model_bytes(model: torch.nn.Module) -> int:
