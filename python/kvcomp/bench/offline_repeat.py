@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from .. import Policy, results
+from ..env import installed
 from ..hf import Cache, compress
 from ..w4 import arms
 from ..w4.matrix import Arm
@@ -394,7 +395,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     env = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **{name: machine[name] for name in ("platform", "cpu", "cores")},
+        "threads": torch.get_num_threads(),
         **{name: found[name] for name in ("kvcomp", "git", "python", "torch", "transformers")},
+        "bitsandbytes": installed("bitsandbytes"),
         "cuda_version": torch.version.cuda,
         "gpu_name": None,
         "gpu_count": torch.cuda.device_count() if torch.cuda.is_available() else 0,

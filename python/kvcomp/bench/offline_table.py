@@ -71,7 +71,7 @@ def flat_row(record: Mapping[str, Any], config_id: str, repeat: int) -> Row:
 
 def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> list[Row]:
     """Mean, standard deviation and half of the 95 % interval of every metric over the repeats of (model, config,
-    prompt, output). None where no repeat has a figure; std and ci95 of a single one are None, too.
+    prompt, output). None where a repeat has no figure; std and ci95 of a single one are None, too.
 
     ValueError where a group's rows are not repeats of one thing (two models of one name are not), one of them is there
     twice, or does not say of which model it is."""
@@ -98,6 +98,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRIC
         out: Row = dict(zip(GROUP, key, strict=True)) | common | {"n_repeats": len(members)}
         for metric in metrics:
             values = [float(row[metric]) for row in members if row.get(metric) is not None]
+            values = values if len(values) == len(members) else []
             out[f"{metric}_mean"] = mean(values) if values else None
             several = len(values) > 1
             out[f"{metric}_std"] = stdev(values) if several else None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import _C, results
+from ..env import installed
 from ..w4 import weights
 from . import timing, timing_cuda, w4_rivals
 
@@ -264,7 +265,9 @@ class _Run:
             try:
                 rival = made[name]()
                 error = self._relative(rival, xs[0])
-                self._timed(rival.impl, case, rival.call, copies, rival.nbytes, error, {})
+                package = w4_rivals.PACKAGES.get(rival.impl)
+                more = {"version": installed(package)} if package else {}
+                self._timed(rival.impl, case, rival.call, copies, rival.nbytes, error, more)
             except Exception as reason:  # whatever a rival raises is its own reason for not being here
                 said = (str(reason).splitlines() or [type(reason).__name__])[0][:300]
                 self.found["absent"].append({"impl": name, "case": case, "reason": said})

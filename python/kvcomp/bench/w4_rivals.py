@@ -15,6 +15,7 @@ from ..w4 import arms
 
 GROUP = 128
 INT4 = ("torch int4", "Humming int4", "bitsandbytes NF4")
+PACKAGES = {"Humming int4": "humming-kernels", "bitsandbytes NF4": "bitsandbytes"}
 _INNER_TILES = 8  # of torch's int4 packing
 _ROUNDED = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative error (L2) of sums and outputs of these types
 
