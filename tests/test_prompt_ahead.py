@@ -98,6 +98,15 @@ def test_the_same_as_on_the_host(name: str, request: pytest.FixtureRequest) -> N
     same(on_host, compress_prompt(layers, POLICIES[name], least_if_over=True))
 
 
+def test_rows_that_require_grad(device: None) -> None:
+    layers = layers_of()
+    expected = compress_prompt(layers, POLICIES["plan"])
+    for layer in layers:
+        for rows in (layer.keys, layer.values, layer.queries):
+            rows.requires_grad_()
+    same(expected, compress_prompt(layers, POLICIES["plan"]))
+
+
 def events_of(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is queued and what is waited for, by layer."""
     events: list[str] = []
@@ -185,7 +194,7 @@ def test_copies_are_read_when_the_gpu_has_made_them(monkeypatch: pytest.MonkeyPa
         torch.Tensor, "copy_", lambda to, tensor, non_blocking: (log.append("copy"), copied(to, tensor))[1]
     )
     given = [torch.arange(6.0).view(2, 3), torch.zeros(0, 4)]
-    coming = layer_input.fetching(*(tensor.as_subclass(There) for tensor in given))
+    coming = layer_input.fetching(*(tensor.as_subclass(There).requires_grad_() for tensor in given))
     assert log == ["memory", "memory", "copy", "copy", "event"]
     found = coming()
     assert log[5:] == ["waited"] and all(np.array_equal(one, other) for one, other in zip(found, given, strict=True))

@@ -97,11 +97,11 @@ def fetching(*tensors: Any) -> Callable[[], list[Array]]:
     import torch
 
     if not tensors or tensors[0].device.type != "cuda":
-        copies = [tensor.clone().numpy() for tensor in tensors]
+        copies = [tensor.detach().clone().numpy() for tensor in tensors]
         return lambda: copies
     there = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(there, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
+        copy.copy_(tensor.detach(), non_blocking=True)
     arrived = torch.cuda.current_stream(tensors[0].device).record_event()
 
     def fetched() -> list[Array]:
