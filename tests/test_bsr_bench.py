@@ -211,6 +211,21 @@ def test_a_wrong_ceiling_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["impl"] for entry in found["absent"]] == ["torch dense, full"]
 
 
+def test_ceilings_that_a_run_without_rivals_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's file that was begun with none has no product of 2:4 matrices: the next run adds it, or says why not."""
+    settings = bsr_settings.Settings(device="cuda", dtype="bfloat16", out_dtype="bfloat16", rivals=())
+    found: dict[str, Any] = {"cells": [], "absent": []}
+    run = bsr._Run(settings, found, lambda line: None)
+    found["cells"] = [results.cell(bsr._FULL, run.case(8192, None, 0.0, "full"), error=None, median_us=1.0)]
+    monkeypatch.setattr(bsr._Run, "normal", lambda *_: pytest.fail("made inputs"))
+    run.ceilings(8192)
+    run.settings = replace(settings, rivals=None)
+    with pytest.raises(pytest.fail.Exception, match="made inputs"):
+        run.ceilings(8192)
+    run.leave_out(bsr._HALVED, run.case(8192, None, 0.5, "2:4"), "not built")
+    run.ceilings(8192)
+
+
 def test_other_dtypes_out_on_the_cpu() -> None:
     """torch writes its own dtype there, and its cells say so."""
     told: list[Any] = []

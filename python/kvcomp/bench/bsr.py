@@ -33,6 +33,7 @@ _AND = " && "  # between the commands of several runs
 _RIVAL_ROOM = 4.0  # half units of a rival's output: some round more than once
 # Settings that a file is gone on with others of.
 _SWEPT = ("sizes", "sparsity", "blocks", "patterns", "rivals", "minutes", "design")
+_FULL, _HALVED = "torch dense, full", "cusparselt 2:4"  # ceilings
 _HOST_MOST_US = 5e3  # calls that are longer are not asked how long they keep the host
 
 _SHOWN = {
@@ -122,9 +123,11 @@ class _Run:
     def is_done(self, where: Where) -> bool:
         """Whether kvcomp was timed on a matrix, and each of its rivals beside it, or found not to run."""
         case = self.case(*where)
-        absent = {entry["impl"] for entry in self.found["absent"] if entry["case"] == case}
-        names = set(self.settings.rivals_of(where)) - absent
-        return self.has(OURS, case) and all(self.has(name, case) for name in names)
+        return self.has(OURS, case) and all(self.is_settled(name, case) for name in self.settings.rivals_of(where))
+
+    def is_settled(self, rival: str, case: dict[str, Any]) -> bool:
+        absent = any(entry["impl"] == rival and entry["case"] == case for entry in self.found["absent"])
+        return absent or self.has(rival, case)
 
     def drop(self, case: dict[str, Any]) -> None:
         """What was found for a case before."""
@@ -259,8 +262,11 @@ class _Run:
 
     def ceilings(self, size: int) -> None:
         """Once for a size: the dense product of a full matrix, and, on CUDA, of a 2:4 one by cuSPARSELt."""
-        case = self.case(size, None, 0.0, "full")
-        if self.has("torch dense, full", case):
+        case, halved = self.case(size, None, 0.0, "full"), self.case(size, None, 0.5, "2:4")
+        wanted = {_FULL: case}
+        if self.device == "cuda" and self.settings.rivals != ():
+            wanted[_HALVED] = halved
+        if all(self.is_settled(name, where) for name, where in wanted.items()):
             return
         left, other = self.normal(size, self.settings.seed + 2), self.normal(size, self.settings.seed + 1)
         count = self.copies(2 * left.nbytes + size * size * self.out_dtype.itemsize)
@@ -269,21 +275,15 @@ class _Run:
         outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
         self.drop(case)
         make = functools.partial(bsr_rivals.multiplied, lefts, others, outs)
-        for cell in self.rival("torch dense, full", make, exact(left, other), case, count, self.timed):
+        for cell in self.rival(_FULL, make, exact(left, other), case, count, self.timed):
             cell |= {"role": "ceiling", "tflops": tflops(2 * size**3, cell["median_us"])}
             self.tell(line(cell))
             self.found["cells"].append(cell)
-        if self.device == "cuda" and self.settings.rivals != ():
-            lefts, case = [bsr_rivals.pruned(part) for part in lefts], self.case(size, None, 0.5, "2:4")
-            self.drop(case)
-            made = self.rival(
-                "cusparselt 2:4",
-                functools.partial(bsr_rivals.two_of_four, lefts, others),
-                exact(lefts[0], other),
-                case,
-                count,
-                self.timed,
-            )
+        if _HALVED in wanted:
+            lefts = [bsr_rivals.pruned(part) for part in lefts]
+            self.drop(halved)
+            make = functools.partial(bsr_rivals.two_of_four, lefts, others)
+            made = self.rival(_HALVED, make, exact(lefts[0], other), halved, count, self.timed)
             for cell in made:
                 cell["dense_equivalent_tflops"] = tflops(2 * size**3, cell["median_us"])
                 self.tell(line(cell))
