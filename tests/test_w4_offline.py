@@ -215,11 +215,16 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert float(one["tpot_ms_ci95"]) == pytest.approx(12.7062 * half, rel=1e-5)
     assert one["joules_per_token_mean"] == "" and one["peak_gpu_mem_mb_mean"] == ""
     # The same, as a table of a Markdown file.
-    _, shown = tables_w4.offline_rows({"rows": offline_table.read_aggregated(table)})
-    assert [row[:3] for row in shown] == [
-        ("tiny-base", case, "C4") for case in ("16 / 1", "16 / 5", "33 / 1", "33 / 5")
+    head, shown = tables_w4.offline_rows({"rows": offline_table.read_aggregated(table)})
+    assert [row[:2] for row in shown] == [
+        ("C4: E5M5 of 128, mlp", f"16 / 33 in, {output} out") for output in (1, 5)
     ]  # fmt: skip
-    assert " ± " in shown[0][3] and shown[0][4] == "-" and shown[3][6] == "6.4" and shown[3][7:] == ("-", "-", "2")
+    for row in shown:
+        assert row[2].count(" / ") == 1 and row[4:] == ("6.36", "-", "-", "2") and len(row) == len(head)
+    assert shown[0][3] == "-" and shown[1][3].count(" / ") == 1
+    other = [row | {"model": "m", "quant_mode": "w4a16_bnb"} for row in offline_table.read_aggregated(table)]
+    _, both = tables_w4.offline_rows({"rows": [*other, *offline_table.read_aggregated(table)]})
+    assert [row[0] for row in both] == ["C4: NF4 (m)"] * 2 + ["C4: E5M5 of 128, mlp (tiny-base)"] * 2
     with pytest.raises(ValueError, match=r"expected a table of aggregate_results\.py, got another file"):
         offline_table.read_aggregated(flat)
     # Aggregated rows are never taken for repeats.

@@ -9,6 +9,7 @@ from ..bench import w4_goals
 from .report import NOTHING, Results, Row
 
 _SHOWN = (128, 5)  # group and mantissa bits of the main table
+_MODES = {"none": "16 bit", "w4a16_bnb": "NF4", "w4a16_bnb_dq": "NF4, scales quantized, too"}
 _ROUNDED = {"nearest": "", "floor": ", floor", "search": ", searched"}
 _RIVALS = ("torch int4", "Humming int4", "bitsandbytes NF4")
 _SWEPT = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)  # rows of the sweep that are shown
@@ -133,32 +134,45 @@ def target_rows(found: Results) -> tuple[Row, list[Row]]:
 
 
 def offline_rows(found: Results) -> tuple[Row, list[Row]]:
-    """One row per configuration and case of a table of scripts/aggregate_results.py, of one processor."""
+    """One row per configuration and output length of a table of scripts/aggregate_results.py, prompt lengths one behind
+    the other."""
+    several = len({row["model"] for row in found["rows"]}) > 1
+    cases: dict[tuple[str, int, str], list[Results]] = {}
+    for row in sorted(found["rows"], key=lambda row: int(row["prompt_len"])):
+        cases.setdefault((row["model"], int(row["output_len"]), row["config_id"]), []).append(row)
     rows: list[Row] = []
-    for row in found["rows"]:
-        shown = [_mean(row, name, digits) for name, digits in (("ttft_ms", 1), ("tpot_p50_ms", 2))]
-        shown += [_mean(row, "throughput_output_tok_s", 0), _mean(row, "model_mem_mb", 1)]
-        shown += [_mean(row, "peak_gpu_mem_mb", 0), _mean(row, "joules_per_token", 2)]
-        case = f"{row['prompt_len']} / {row['output_len']}"
-        rows.append((row["model"], case, row["config_id"], *shown, row["n_repeats"]))
-    rows.sort(key=lambda row: [row[0], *map(int, row[1].split(" / ")), row[2]])
-    return ("model", "tokens in / out", "", "TTFT ms", "ms a token", "tokens/s", "model MiB", "GPU MiB", "J a token",
-            "repeats"), rows  # fmt: skip
+    for (model, output, config), members in sorted(cases.items()):
+        case = {name: int(members[0][name]) for name in ("scale_mbits", "group_size")}
+        name = f"{config}: {_described({**members[0], **case})}" + (f" ({model})" if several else "")
+        lengths = f"{' / '.join(row['prompt_len'] for row in members)} in, {output} out"
+        shown = [(metric, digits) for metric, digits, _ in _OFFLINE]
+        rows.append((name, lengths, *(_means(members, *one) for one in shown), members[0]["n_repeats"]))
+    return ("", "tokens", *(title for _, _, title in _OFFLINE), "repeats"), rows
 
 
-def _mean(row: Results, name: str, digits: int) -> str:
-    """A mean, and half of its 95 % interval where that is not zero."""
-    if not row[f"{name}_mean"]:
-        return NOTHING
-    half = f"{float(row[f'{name}_ci95'] or 0):.{digits}f}"
-    return f"{float(row[f'{name}_mean']):.{digits}f}" + (f" ± {half}" if float(half) else "")
+_OFFLINE = (
+    ("ttft_ms", 0, "TTFT ms"),
+    ("tpot_p50_ms", 2, "ms a token"),
+    ("model_mem_mb", 2, "model MiB"),
+    ("peak_gpu_mem_mb", 0, "GPU MiB"),
+    ("joules_per_token", 2, "J a token"),
+)
+
+
+def _means(rows: list[Results], name: str, digits: int) -> str:
+    """Means of several cases, each with half of its 95 % interval where that is not zero; once where they are equal."""
+    said = []
+    for row in rows:
+        mean, half = row.get(f"{name}_mean"), f"{float(row.get(f'{name}_ci95') or 0):.{digits}f}"
+        said.append((f"{float(mean):.{digits}f}" if mean else NOTHING) + (f" ± {half}" if float(half) else ""))
+    return " / ".join(said if len(set(said)) > 1 else said[:1])
 
 
 def _described(case: Results) -> str:
     """A format in words."""
-    mode = case.get("mode", "w4_shared_scale")
+    mode = case.get("mode") or case.get("quant_mode", "w4_shared_scale")
     if mode != "w4_shared_scale":
-        return {"none": "16 bit"}.get(mode, str(mode))
+        return _MODES.get(mode, str(mode))
     scales = "exact" if case["scale_mbits"] < 0 else f"E5M{case['scale_mbits']}"
     target = f", {case['quant_target']}" if "quant_target" in case else ""
     return f"{scales} of {case['group_size'] if 'group_size' in case else case['group']}" + (
