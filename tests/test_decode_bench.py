@@ -173,6 +173,26 @@ def test_files_of_another_machine_are_made_anew(tmp_path: Path) -> None:
     assert again["cells"][0]["tpot_samples_ms"] != found["cells"][0]["tpot_samples_ms"]
 
 
+def test_other_ways_of_decoding_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, compiling and the seed are no part of a case; more first samples go on with what is there."""
+    counted: list[str] = []
+
+    def measured(settings: Any, model: Any, impl: str, case: dict[str, Any], *others: Any) -> dict[str, Any]:
+        counted.append(impl)
+        return results.cell(impl, case, error=None, ttft_ms=1.0, tpot_ms=1.0)
+
+    monkeypatch.setattr(decode, "_cell", measured)
+    before = decode.bench(settings(rivals=[]), command="x")
+    assert len(decode.bench(settings(rivals=[], first_samples=4), command="y", before=before)["cells"]) == 1
+    assert len(counted) == 1
+    for change in ({"graphs": not settings().graphs}, {"compile": True}, {"seed": 5}):
+        said: list[str] = []
+        again = decode.bench(settings(rivals=[], **change), command="y", before=before, tell=said.append)
+        assert said[0] == "what there was is of other settings: everything is measured anew"
+        assert again["command"] == "y" and len(again["cells"]) == 1
+    assert len(counted) == 4
+
+
 def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")

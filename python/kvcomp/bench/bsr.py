@@ -29,7 +29,6 @@ from .bsr_goals import DENSE, OURS, Where, tflops
 from .bsr_rivals import Call, Problem
 from .bsr_settings import DTYPES, SAMPLES_LEAST, Settings
 
-_AND = " && "  # between the commands of several runs
 _RIVAL_ROOM = 4.0  # half units of a rival's output: some round more than once
 # Settings that a file is gone on with others of.
 _SWEPT = ("sizes", "sparsity", "blocks", "patterns", "rivals", "minutes", "design")
@@ -60,7 +59,10 @@ def bench(
     for ``_SWEPT``; ``save`` is called with the object after every matrix. ValueError for numbers out of range,
     NotImplementedError without a GPU that was asked for."""
     settings, began = settings.resolved(), time.perf_counter()
-    found = _begin(settings, command, before, tell)
+    found = results.new("bsr", command=command)
+    found["settings"] = {name: value for name, value in asdict(settings).items() if name not in _SWEPT}
+    found["absent"] = []  # rivals that do not run, and why
+    found = results.continued(found, before, ("machine", "versions", "settings"), tell)
     if settings.device == "cpu":
         found["threads"] = found["machine"]["cores"]
         _C.set_threads(found["threads"])
@@ -83,22 +85,6 @@ def bench(
     for verdict in bsr_goals.verdicts(found["cells"]):
         if settings.design or verdict.found is not None:
             tell(verdict.line())
-    return found
-
-
-def _begin(settings: Settings, command: str, before: dict[str, Any] | None, tell: Tell) -> dict[str, Any]:
-    """What there is to go on with, or an empty object."""
-    found = results.new("bsr", command=command)
-    fixed = {name: value for name, value in asdict(settings).items() if name not in _SWEPT}
-    found["settings"] = fixed
-    found["absent"] = []  # rivals that do not run, and why
-    if before is not None:
-        other = [name for name in ("machine", "versions", "settings") if before.get(name) != found[name]]
-        if other:
-            tell(f"what there was is of other {' and '.join(other)}: everything is measured anew")
-        else:
-            commands = before["command"].split(_AND)
-            found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
     return found
 
 

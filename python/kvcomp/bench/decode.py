@@ -31,7 +31,6 @@ RIVALS = ("dynamic", "static", "quantized")
 WARM_TOKENS = 4  # of each answer, left out of the median: recording, compiling
 CHECKED = 4  # decode steps whose logits are compared
 PROFILED = 8  # decode steps that are profiled
-_AND = " && "  # between the commands of several runs
 _SHORT = 128  # tokens of the prompt that readies libraries
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -154,19 +153,15 @@ def bench(
     save: Callable[[dict[str, Any]], None] = lambda found: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine and versions; ``save`` is
+    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine, versions, seed and
+    way of decoding; ``save`` is
     called with what is there after every part. ValueError for settings out of range."""
     _check(settings)
     began = time.perf_counter()
     device = torch.device(settings.device)
     found = results.new("decode", command=command)
-    if before is not None:
-        other = [name for name in ("machine", "versions") if before.get(name) != found[name]]
-        if other:
-            tell(f"what there was is of other {' and '.join(other)}: everything is measured anew")
-        else:
-            commands = before["command"].split(_AND)
-            found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
+    found["settings"] = {"compile": settings.compile, "graphs": settings.graphs, "seed": settings.seed}
+    found = results.continued(found, before, ("machine", "versions", "settings"), tell)
     found.setdefault("not_measured", {})
     done = {(cell["impl"], *sorted(cell["case"].items())) for cell in found["cells"]}
     parts = [part for part in _parts(settings) if (part[0], *sorted(part[1].items())) not in done]
