@@ -177,6 +177,13 @@ def test_a_layer_in_two_places_is_one_after_too() -> None:
     assert model_bytes(model) == made.nbytes + 4 * 32
 
 
+def test_experts_that_are_one_parameter_are_left_alone() -> None:
+    model = small("Mixtral", num_local_experts=2)
+    assert find_linears(model, "all") == [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkvo"]
+    with pytest.raises(ValueError, match=r"expected nn\.Linear layers in repeated blocks"):
+        find_linears(model, "mlp")
+
+
 def test_models_without_what_is_asked_for() -> None:
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(32, 32))

@@ -243,6 +243,9 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert aggregate.main(["--summary_dir", str(flat.parent), "--config_ids", "C4", "C9", "--out_csv", str(table)]) == 2
     assert "--config_ids: expected among C4" in capsys.readouterr().err
     assert aggregate.main(["--summary_dir", str(tmp_path / "none")]) == 2
+    offline_table.write(tmp_path / "left_out" / "C4_0_flat.csv", [], offline_table.FLAT)
+    assert aggregate.main(["--summary_dir", str(tmp_path / "left_out"), "--out_csv", str(table)]) == 2
+    assert "--summary_dir: expected runs in *_flat.csv files of the offline bench, got none" in capsys.readouterr().err
 
 
 def test_prompts_are_the_same_for_every_configuration() -> None:

@@ -56,9 +56,10 @@ def find_linears(model: torch.nn.Module, target: str = "mlp", skip: Sequence[str
     """Names of the nn.Linear layers of a model's repeated blocks, in its order: "all" of them, or those of "mlp", which
     are the ones outside attention modules; by where they are and not by their own names, so that fused projections
     (qkv_proj, gate_up_proj) are found as others are. Embeddings and the output layer are not in blocks. Left out are
-    routers of experts; subclasses of nn.Linear, whose own forward would be lost; layers whose ``weight`` a module above
-    them reads itself (T5's wo, those of nn.TransformerEncoderLayer), which packed bytes cannot stand for; what
-    transformers keeps in fp32; and what has a name, or a part of its path, in ``skip``.
+    routers of experts; experts, where all are one parameter of three dimensions; subclasses of nn.Linear, whose own
+    forward would be lost; layers whose ``weight`` a module above them reads itself (T5's wo, those of
+    nn.TransformerEncoderLayer), which packed bytes cannot stand for; what transformers keeps in fp32; and what has a
+    name, or a part of its path, in ``skip``.
 
     ValueError where there are none."""
     if target not in TARGETS:
