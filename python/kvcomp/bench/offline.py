@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; BAD_INPUT where a configuration was refused; else the exit code of the last process that failed. A
+    """The exit code of the last process that failed, else BAD_INPUT where a configuration was refused, else 0. A
     configuration that is refused or fails keeps no other from being measured."""
     path = options.config or places.shipped(matrix.MATRIX, "--config")
     loaded = matrix.load(path)
