@@ -25,6 +25,10 @@ done
 shift $((OPTIND - 1))
 [[ $launches =~ ^[1-9][0-9]*$ ]] || refuse "-c: expected a number of 1 or more, got $launches"
 [[ $skipped =~ ^[0-9]+$ ]] || refuse "-s: expected a number of 0 or more, got $skipped"
+folder=$(dirname -- "$output")
+if [[ -d $output ]] || ! mkdir -p -- "$folder" 2>/dev/null || [[ ! -w $folder ]]; then
+    refuse "-o: expected the name of a file that can be written, got $output"
+fi
 
 ncu=$(command -v ncu || true)
 for folder in "${CUDA_HOME:-/usr/local/cuda}/bin" /opt/nvidia/nsight-compute/*; do
@@ -43,7 +47,8 @@ metrics+=,launch__registers_per_thread,launch__shared_mem_per_block
 raw=$(mktemp)
 trap 'rm -f "$raw"' EXIT
 status=0
-"$ncu" --csv --page raw --print-units base --target-processes all --kernel-name "$kernels" --launch-skip "$skipped" \
+# Clocks as they are in use, not locked to the base clock.
+"$ncu" --clock-control none --csv --page raw --print-units base --target-processes all --kernel-name "$kernels" --launch-skip "$skipped" \
     --launch-count "$launches" --metrics "$metrics" "$@" >"$raw" || status=$?
 if grep -q ERR_NVGPUCTRPERM "$raw"; then
     refuse "ncu: expected permission to read the GPU's counters (root, or NVreg_RestrictProfilingToAdminUsers=0), got none"

@@ -320,7 +320,9 @@ def test_results_of_another_machine_are_left_behind(monkeypatch: pytest.MonkeyPa
     assert found["command"] == "b" and found["runs"] == 1
     assert "what there was is of other machine: everything is measured anew" in told
     attend_cuda.bench(command="c", before=results.new("attend", command="on a CPU"), **asked)
-    assert "what there was is of other layers: everything is measured anew" in told
+    assert "what there was is of other layers and settings: everything is measured anew" in told
+    found = attend_cuda.bench(command="d", before=before, seed=1, **asked)
+    assert told.count("what there was is of other settings: everything is measured anew") == 1 and found["runs"] == 1
 
 
 def test_the_command_hands_on_sections_and_saves(

@@ -14,6 +14,7 @@ from kvcomp.bsr import (  # noqa: E402
     PATTERNS,
     BlockSparseLinear,
     BSRMatrix,
+    convert,
     convert_to_bsr,
     get_optimal_block_size,
     random_bsr,
@@ -286,6 +287,18 @@ def test_linear_learns() -> None:
         optimizer.step()
         first, last = (float(loss), last) if step == 0 else (first, float(loss))
     assert last < 1e-2 * first
+
+
+def test_linear_counts_the_dense_weight_that_it_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every forward: the fewer rows x has, the more of the time that is."""
+    layer = BlockSparseLinear(1024, 1024, block_size=64, sparsity=0.4, dtype=torch.bfloat16)
+    made: list[bool] = []
+    honest = convert.scattered
+    monkeypatch.setattr(convert, "scattered", lambda *inputs: (made.append(True), honest(*inputs))[1])
+    layer(torch.zeros(256, 1024, dtype=torch.bfloat16))
+    assert not made, "the product alone would be faster dense"
+    layer(torch.zeros(8192, 1024, dtype=torch.bfloat16))
+    assert made
 
 
 def test_linear_state() -> None:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch")
 from kvcomp import results  # noqa: E402
-from kvcomp.bench import bsr, bsr_cusparse, bsr_gate, bsr_rivals, bsr_samples, bsr_settings  # noqa: E402
+from kvcomp.bench import (  # noqa: E402
+    bsr,
+    bsr_cusparse,
+    bsr_gate,
+    bsr_goals,
+    bsr_rivals,
+    bsr_samples,
+    bsr_settings,
+)
 from kvcomp.bsr import BLOCKS, PATTERNS, random_bsr  # noqa: E402
 from kvcomp.cli import main  # noqa: E402
 from kvcomp.experiment import report, tables, tables_bsr  # noqa: E402
@@ -200,6 +211,21 @@ def test_a_wrong_ceiling_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["impl"] for entry in found["absent"]] == ["torch dense, full"]
 
 
+def test_ceilings_that_a_run_without_rivals_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's file that was begun with none has no product of 2:4 matrices: the next run adds it, or says why not."""
+    settings = bsr_settings.Settings(device="cuda", dtype="bfloat16", out_dtype="bfloat16", rivals=())
+    found: dict[str, Any] = {"cells": [], "absent": []}
+    run = bsr._Run(settings, found, lambda line: None)
+    found["cells"] = [results.cell(bsr._FULL, run.case(8192, None, 0.0, "full"), error=None, median_us=1.0)]
+    monkeypatch.setattr(bsr._Run, "normal", lambda *_: pytest.fail("made inputs"))
+    run.ceilings(8192)
+    run.settings = replace(settings, rivals=None)
+    with pytest.raises(pytest.fail.Exception, match="made inputs"):
+        run.ceilings(8192)
+    run.leave_out(bsr._HALVED, run.case(8192, None, 0.5, "2:4"), "not built")
+    run.ceilings(8192)
+
+
 def test_other_dtypes_out_on_the_cpu() -> None:
     """torch writes its own dtype there, and its cells say so."""
     told: list[Any] = []
@@ -228,9 +254,10 @@ def test_cases_without_room_are_told() -> None:
 
 
 def test_samples_are_fewer_where_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bsr_samples._count(100.0, 100, 5) == 100
-    assert bsr_samples._count(1e5, 100, 5) == 30
-    assert bsr_samples._count(1e8, 100, 5) == 5
+    assert bsr_samples._count(100.0, 100, 5, "cpu") == 100
+    assert bsr_samples._count(1e5, 100, 5, "cpu") == 30
+    assert bsr_samples._count(1e8, 100, 5, "cpu") == 5
+    assert bsr_samples._count(2e4, 100, 5, "cuda") == 20, "cuSPARSE's product of 8192³"
     found, how = bsr_samples.of(lambda number: number, 2, 7, 5, "cpu")
     assert len(found) == 7 and how == "clock"
 
@@ -255,6 +282,7 @@ def test_settings() -> None:
         ),
         (["--patterns", "diagonal"], "bench: --patterns: expected among uniform, banded, "),
         (["--rivals", "cutlass"], "bench: --rivals: expected among torch dense, "),
+        (["--minutes", "0"], "bench: --minutes: expected more than 0, got 0"),
         (["--iterations", "2"], "bench: --iterations: expected at least 5, got 2"),
         (["--dtype", "int8"], "bench: --dtype: expected among float16, bfloat16, float32, got int8"),
     ],
@@ -296,19 +324,166 @@ def test_tables_of_a_readme(measured: dict[str, Any], tmp_path: Path) -> None:
         path.unlink()
 
 
+def timed_cell(impl: str, us: float, block: int = 128, pattern: str = "uniform", size: int = 8192) -> dict[str, Any]:
+    """As a GPU's file has it."""
+    case = {"m": size, "n": size, "k": size, "block": block, "sparsity": 0.78, "pattern": pattern, "device": "cuda"}
+    error = {"metric": "", "value": 1e-5, "bound": 1e-2}
+    return results.cell(impl, case, error=error, median_us=us, samples_us=[us], blocks=901)
+
+
 def test_goals_are_judged() -> None:
-    cells: list[dict[str, Any]] = []
-    for impl, us in (("kvcomp", 400.0), ("torch dense", 1400.0), ("torch bsr", 1030.0), ("cusparse csr", 70000.0)):
-        case = {"m": 8192, "n": 8192, "k": 8192, "block": 128, "sparsity": 0.78, "pattern": "uniform"}
-        error = {"metric": "", "value": 1e-5, "bound": 1e-2}
-        cells.append(results.cell(impl, case, error=error, median_us=us, samples_us=[us], blocks=901))
-    bsr.relate(cells, bsr_settings.TARGETS[8192, 128, 0.78, "uniform"])
-    found = results.new("bsr", command="kvcomp bench bsr") | {"cells": cells, "absent": []}
+    times = {
+        "kvcomp": 400.0,
+        "torch dense": 1400.0,
+        "torch bsr": 1030.0,
+        "cusparse csr": 70000.0,
+        "cusparse bsr": 19000.0,
+    }
+    cells = [timed_cell(impl, us) for impl, us in times.items()]
+    found = results.new("bsr", command="kvcomp bench bsr") | {"cells": bsr_goals.related(cells), "absent": []}
     _, ((name, _, us, useful, share, faster, goal, beside),) = tables_bsr.speed_rows(found)
     assert (name, us, useful, faster) == ("8192³, block 128", "400.0", "605", "3.50×")
-    assert share == "77" and goal == "650 TFLOPS (missed), 3.7× (missed)" and beside == "2.6× (torch bsr)"
+    assert share == "77" and beside == "2.6× (torch bsr)"
+    assert goal == "650 TFLOPS (missed), 3.7× dense (missed), 50× cuSPARSE (missed), 2× Triton"
     header, rows = tables_bsr.rival_rows(found)
     assert ("cusparse csr", "70000 (175×)") in rows and header[1] == "block 128"
+    (ours,) = [cell for cell in found["cells"] if cell["impl"] == "kvcomp"]
+    assert ours["times_cusparse"] == pytest.approx(47.5), "of the faster one"
+    assert ours["targets"] == bsr_goals.TARGETS[8192, 128, 0.78, "uniform"]
+
+
+def test_patterns_are_judged_by_uniform_blocks() -> None:
+    """Whichever of them was measured first; and what is not in the file is said to be missing."""
+    cells = [timed_cell("kvcomp", 432.0, pattern="banded"), timed_cell("kvcomp", 450.0, pattern="clustered")]
+    assert "times_uniform" not in bsr_goals.related(cells)[0]
+    cells = bsr_goals.related([*cells, timed_cell("kvcomp", 400.0)])
+    judged = {verdict.where: verdict for verdict in bsr_goals.verdicts(cells) if verdict.measure == "times_uniform"}
+    banded, clustered, missing = (judged[8192, 128, 0.78, pattern] for pattern in ("banded", "clustered", "power_law"))
+    assert banded.found == pytest.approx(1.08) and banded.met
+    assert clustered.found == pytest.approx(1.125) and not clustered.met
+    assert missing.found is None and not missing.met and missing.line().endswith("got nothing: not measured")
+    assert (
+        clustered.line()
+        == "(8192, block 128, 0.78 clustered): expected ≤ 1.1× uniform's time, got 1.12× uniform's time: missed"
+    )
+    rows = dict(tables_bsr.goal_rows({"cells": cells})[1])
+    assert rows["8192³, block 128, 78% empty, banded"] == "≤ 1.1× uniform's time: 1.08"
+    assert rows["8192³, block 128, 78% empty, clustered"].endswith("1.12 (missed)")
+    assert rows["16384³, block 128, 78% empty, uniform"] == "≥ 0.9 of the dense rate: not measured"
+    assert len(rows) == len(bsr_goals.TARGETS)
+
+
+def test_the_design_is_what_a_gpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that has a target, and 50 and 90 % of every block size; other flags are a sweep."""
+    monkeypatch.setattr(bsr_settings.Settings, "_check", lambda settings, gpu: None)
+    design = bsr_settings.Settings(device="cuda").resolved()
+    cases = list(design.cases())
+    assert set(bsr_goals.TARGETS) <= set(cases) and len(set(cases)) == len(cases) and not list(design.without_room())
+    assert {(8192, block, sparsity, "uniform") for block in BLOCKS for sparsity in (0.5, 0.9)} <= set(cases)
+    assert set(design.rivals_of(cases[0])) == set(bsr_rivals.CUDA)
+    assert design.rivals_of((8192, 64, 0.5, "uniform")) == ("torch dense", "torch bsr")
+    sweep = bsr_settings.Settings(device="cuda", sizes=[4096, 32768], sparsity=[0.5], blocks=[64]).resolved()
+    assert list(sweep.cases()) == [(4096, 64, 0.5, "uniform"), (32768, 64, 0.5, "uniform")]
+    assert sweep.iterations == 100 and set(sweep.rivals_of((4096, 64, 0.5, "uniform"))) == set(bsr_rivals.CUDA)
+    assert bsr_settings.Settings(device="cuda", rivals=()).resolved().rivals_of(cases[0]) == ()
+
+
+def test_minutes_cut_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run leaves, the next one measures, into the same file."""
+    output = tmp_path / "bsr.json"
+    flags = command("--block-sizes", 16, 32, "--rivals", "torch dense", "--output", output)
+    now = iter(range(0, 10000, 40))
+    with monkeypatch.context() as patch:
+        patch.setattr(bsr, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+        assert main([*flags, "--minutes", "1"]) == 0
+    assert "left for the next run, after 1 minutes: 1 of 2 matrices" in capsys.readouterr().err
+    assert {cell["case"]["block"] for cell in results.read(output)["cells"]} == {None, 16}
+    assert main([*flags, "--minutes", "9"]) == 0
+    after = results.read(output)
+    assert {cell["case"]["block"] for cell in after["cells"]} == {None, 16, 32}
+    assert after["command"].count(" && ") == 1
+
+
+def test_a_rival_that_was_not_asked_for_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its matrix is measured again, with all in one run; a file of other settings is begun anew, and that is said."""
+    output = tmp_path / "bsr.json"
+    flags = command("--block-sizes", 64, "--output", output)
+    for rivals in (["torch dense"], ["torch dense", "torch csr"], ["torch csr"]):
+        assert main([*flags, "--rivals", *rivals]) == 0
+    impls = [cell["impl"] for cell in results.read(output)["cells"]]
+    assert sorted(impls) == ["kvcomp", "torch csr", "torch dense", "torch dense, full"]
+    assert "measured anew" not in capsys.readouterr().err
+    assert main([*flags, "--rivals", "none", "--seed", "3"]) == 0
+    assert "what there was is of other settings: everything is measured anew" in capsys.readouterr().err
+
+
+def test_the_dense_way_and_the_dense_rival_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    honest = bsr_samples.timing.rotate
+
+    def rotate(calls: Any, *more: Any, **how: Any) -> Any:
+        order.append(" ".join(calls))
+        return honest(calls, *more, **how)
+
+    monkeypatch.setattr(bsr_samples.timing, "rotate", rotate)
+    monkeypatch.setattr(bsr, "way_of", lambda matrix, n: "dense")
+    settings = bsr_settings.Settings(
+        sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu", rivals=["torch csr", "torch dense"]
+    )
+    found = bsr.bench(settings, command="", tell=lambda line: None)
+    assert order.count("kvcomp torch dense") == 1
+    cells = {cell["impl"]: cell for cell in found["cells"]}
+    for impl in ("kvcomp", "torch dense"):
+        assert cells[impl]["timing"] == "clock, in turn" and len(cells[impl]["samples_us"]) == 5
+    assert "speedup" in cells["kvcomp"] and cells["kvcomp sparse"]["timing"] == "clock"
+    settings = replace(settings, rivals=())
+    assert bsr.bench(settings, command="", tell=lambda line: None)["cells"][1]["timing"] == "clock"
+
+
+_ONCE = -(10**6)
+
+
+def test_events_alternate_behind_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of a GPU: one call keeps it busy, then events around as many as take a millisecond; the first is left
+    out, slow calls have nothing before them. No call finds its inputs where the one before has left them."""
+    log: list[str] = []
+    numbers: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("|")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bsr_samples, "_once", lambda call, copies, device: call(_ONCE))
+    once = {"a": 600.0, "b": 300.0}
+
+    def named(name: str) -> bsr_samples.Call:
+        def call(number: int) -> float:
+            if number != _ONCE:
+                log.append(name)
+                numbers.extend([number] * (name == "b"))
+            return once[name]
+
+        return call
+
+    found, how = bsr_samples.in_turn({name: named(name) for name in once}, 1, 7, 5, "cuda")
+    assert how == "events" and found == {"a": [1500.0] * 7, "b": [500.0] * 7}
+    assert "".join(log) == "a|a|b|bbb|" * 8
+    assert numbers[:8] == [-1, 0, 1, 2, 2, 3, 4, 5]
+    log.clear()
+    once["a"] = 1e5
+    assert bsr_samples.of(named("a"), 1, 7, 5, "cuda") == ([1500.0] * 5, "events")
+    assert "".join(log) == "|a|" * 6
 
 
 # ---- what cuSPARSE is given
@@ -394,7 +569,7 @@ def fake_ncu(tmp_path: Path) -> Path:
 
 
 def test_profile(fake_ncu: Path, tmp_path: Path) -> None:
-    output, path = tmp_path / "profile.csv", f"{fake_ncu}{os.pathsep}{os.environ['PATH']}"
+    output, path = tmp_path / "made" / "profile.csv", f"{fake_ncu}{os.pathsep}{os.environ['PATH']}"
     said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "true", PATH=path)
     assert said.returncode == 0, said.stderr
     with output.open() as file:
@@ -421,5 +596,70 @@ def test_profile_refuses(fake_ncu: Path, tmp_path: Path) -> None:
     said = run(SCRIPTS / "profile_ncu.sh", "-o", output, "-k", "gemm", "true", PATH=path)
     assert said.returncode == 1 and "expected a launch of a kernel like gemm, got none" in said.stderr
     assert not output.exists()
+    for bad in (tmp_path, fake_ncu / "ncu" / "profile.csv"):
+        said = run(SCRIPTS / "profile_ncu.sh", "-o", bad, "true", PATH=path)
+        assert said.returncode == 2 and "-o: expected the name of a file that can be written" in said.stderr
     for flags in (["-c", "0"], ["-s", "x"], ["-q"]):
         assert run(SCRIPTS / "profile_ncu.sh", *flags).returncode == 2
+
+
+# ---- from L2 to shared memory
+
+L2_LINE = {
+    "panel_bytes": 16777216, "blocks": 132, "bytes_filled": 2e10, "bytes_read": 5e9, "flops": 1.6e12,
+    "checked_words": 1000, "wrong_words": 0, "samples_us": [2000.0, 2500.0, 2100.0],
+}  # fmt: skip
+
+
+def l2_program(folder: Path, lines: list[dict[str, Any]], code: int = 0) -> Path:
+    program = folder / "l2_rate"
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint({chr(10).join(map(json.dumps, lines))!r})\n"
+                       f"print('l2_rate: expected a GPU', file=sys.stderr)\nsys.exit({code})\n")  # fmt: skip
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    return program
+
+
+def test_l2_rate(tmp_path: Path) -> None:
+    """The results file of what the program prints, and its table."""
+    lines = [
+        {"mode": mode, "multicast": multicast, "columns": 1024, **L2_LINE, "flops": 1.6e12 * (mode == "product")}
+        for multicast in (1, 4)
+        for mode in ("shared", "product")
+    ]
+    output, script = tmp_path / "l2.json", [sys.executable, SCRIPTS / "l2_rate.py"]
+    said = run(*script, "--program", l2_program(tmp_path, lines), "--output", output)
+    assert said.returncode == 0, said.stderr
+    found = results.read(output, kind="l2_rate")
+    assert found["origin"] == "measured" and len(found["cells"]) == 4 and not results.failures(found)
+    cell = found["cells"][-1]
+    assert cell["case"] == {"mode": "product", "multicast": 4, "columns": 1024} and len(cell["samples_us"]) == 3
+    assert cell["tb_per_s_filled"] == pytest.approx(2e10 / 2100 / 1e6) and cell["tflops"] == pytest.approx(762, abs=1)
+    header, rows = tables_bsr.l2_rows(found)
+    assert rows[1] == ("16.8 MB (1024 columns)", "4", "9.52", "2.38", "9.52", "2.38", "762") and len(header) == 7
+    assert rows[0][1] == "1" and len(rows) == 2
+    wrong = [lines[0] | {"wrong_words": 3}]
+    said = run(*script, "--program", l2_program(tmp_path, wrong))
+    assert said.returncode == 1 and "expected at most 0, got 3" in said.stderr
+
+
+def test_l2_rate_refuses(tmp_path: Path) -> None:
+    script = [sys.executable, SCRIPTS / "l2_rate.py"]
+    for code in (1, 2):
+        said = run(*script, "--program", l2_program(tmp_path, [], code))
+        assert said.returncode == code and said.stderr == "l2_rate: expected a GPU\n"
+    for flags, sentence in (
+        (["--samples", 0], "--samples: expected 1 or more, got 0"),
+        (["--program", tmp_path / "none"], "--program: expected a program that runs here"),
+        (["--program", tmp_path / "l2_rate", "--output", tmp_path], "--output: expected the name of a file"),
+    ):
+        said = run(*script, *flags)
+        assert said.returncode == 2 and said.stderr.startswith(f"l2_rate: {sentence}")
+    said = run(*script, PATH="/none", CUDA_HOME="/none")
+    assert said.returncode == 2 and said.stderr.startswith("l2_rate: nvcc: expected a CUDA compiler")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_l2_rate_is_built() -> None:
+    """And says which GPU it wants where there is none."""
+    said = run(sys.executable, SCRIPTS / "l2_rate.py", "--samples", 1, CUDA_VISIBLE_DEVICES="")
+    assert said.returncode == 2 and said.stderr == "l2_rate: expected a GPU of compute capability 9.0, got none\n"

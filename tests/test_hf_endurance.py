@@ -368,7 +368,7 @@ def test_ctrl_c_in_the_prompt(model: Any, policy: Policy, place: str, monkeypatc
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", second)
         else:
             hook = None
-            name = {"compression": "distortion_of", "packing": "write_pages"}[place]
+            name = {"compression": "distortion_begun", "packing": "write_pages"}[place]
             patch.setattr(f"kvcomp.prompt.{name}", stop)
         interrupted(model, cache, ids[:, :300])
         if hook is not None:

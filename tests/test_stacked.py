@@ -17,6 +17,7 @@ from kvcomp.layer_input import LayerInput  # noqa: E402
 from kvcomp.packed import Packed  # noqa: E402
 from kvcomp.policy import Policy  # noqa: E402
 from kvcomp.prompt import compress_prompt  # noqa: E402
+from kvcomp.rotation import Rotation  # noqa: E402
 from kvcomp.store import PAGE, PAGES, TAIL_PAGE, TAIL_TOKENS, PackedLayer  # noqa: E402
 from kvcomp.store_cuda import CudaLayer, Stacked  # noqa: E402
 from reference import Array  # noqa: E402
@@ -257,6 +258,39 @@ def test_room_for_the_attention_mass_comes_first(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     other.begin_step(1)
     assert all(group.active and group.mass is not None for group in groups)
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", Rotation.random(LAYERS, 2, D, seed=1)], ids=["hadamard", "given"])
+@pytest.mark.parametrize("what", ["sums", "rows"])
+def test_a_pass_without_memory_appends_nothing(rotation: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence where torch finds no room; the same pass goes on when there is some."""
+    policy = Policy(bits=4, rotation=rotation)
+    plain, other = prompt(policy), stacked(prompt(policy))
+    run(plain, other, 0, 1)
+    other.begin_step(1)
+    layer = other.layers[0]
+    queries, keys, values = (torch.from_numpy(part) for part in step_rows(1000, layer, 1))
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    before = layer.tokens.copy()
+    with monkeypatch.context() as patch:
+        if what == "sums":
+            patch.setattr(type(layer.group), "workspace", full)
+        else:
+            patch.setattr(torch.Tensor, "new_empty", full)
+        with pytest.raises(MemoryError, match=r"^append: memory: expected room for rows and sums on cpu, got none$"):
+            layer.append_attend(queries, keys, values, scale=0.1)
+        if what == "sums":
+            with pytest.raises(MemoryError, match=r"^attend: memory: expected room for rows and sums on cpu, got none"):
+                layer.attend(queries, scale=0.1)
+    assert np.array_equal(layer.tokens, before)
+    run(plain, other, 1, 1, begun=False)
+    for a, b in zip(plain.layers, other.layers, strict=True):
+        assert np.array_equal(a.lists, b.lists)
+    with pytest.raises(ValueError, match=r"^attend: queries: expected shape \(2, a multiple of 2, q, 64\), got \(\)$"):
+        layer.attend([1.0], scale=0.1)
 
 
 def test_a_cache_goes_when_the_last_layer_goes() -> None:

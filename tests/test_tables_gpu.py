@@ -154,7 +154,8 @@ def test_every_table(tmp_path: Path, attend: dict[str, Any], decode: dict[str, A
     ]
     assert made["score"][2:] == ["| 64 queries, 32k tokens | 100.0 | 385 | ≥ 350: met by 10.0 % |"]
     assert made["decode"][2] == (
-        "| kvcomp | B1/32k | 4 | 2100 ms | 5.25 ms | 3.20× | 190 | 1.30 GB (1/3.30) | 19.2 GB |"
+        "| kvcomp | B1/32k | 4 | 2100 ms, 1.000× (≤ 1.01: met by 1.0 %) | 5.25 ms (≤ 5.5: met by 4.5 %) | "
+        "3.20× (≥ 3: met by 6.7 %) | 190 | 1.30 GB, 1/3.30 (≥ 3: met by 10.0 %) | 19.2 GB |"
     )
     assert made["decode"][4].endswith("| - |") and made["decode"][5].endswith("| not run |")
     assert made["decode_shares"][2] == (

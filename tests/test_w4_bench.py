@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,49 @@ def test_torchs_int4_is_fed_the_same_weights() -> None:
     assert (rival.call(1).double() - exact).norm() / exact.norm() < rival.bound
 
 
+def test_bitsandbytes_is_beside_it() -> None:
+    """Where it is installed its product is checked against its own weights."""
+    weight, x = torch.randn(64, 128).bfloat16(), torch.randn(3, 128, dtype=torch.bfloat16)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ImportError, match="bitsandbytes is not installed"):
+            w4_rivals.nf4(weight, [x], 2)
+        return
+    rival = w4_rivals.nf4(weight, [x], 2)
+    exact = x.double() @ rival.reference.double().T
+    assert (rival.call(1).double() - exact).norm() / exact.norm() < rival.bound
+    assert rival.nbytes >= 64 * 128 / 2 + 4 * 64 * 128 / 64
+
+
+def test_targets_are_judged() -> None:
+    def cell(m: int, us: float, mbits: int = 5, **more: Any) -> dict[str, Any]:
+        case = {"n": 8, "k": 4, "m": m, "group": 128, "scale_mbits": mbits, "dtype": "fp16"}
+        return {"impl": "kvcomp", "case": case, "median_us": us, **more}
+
+    def weights(group: int, mbits: int, rounding: str, over: float, bits: float) -> dict[str, Any]:
+        case = {"group": group, "scale_mbits": mbits, "rounding": rounding, "distribution": "normal"}
+        return {"impl": "kvcomp weights", "case": case, "rel_mse": 0.1, "over_exact_error": over,
+                "bits_per_weight": bits}  # fmt: skip
+
+    cells = [
+        cell(1, 10.0, goal_us=9.0, over_dense=0.5, over_dense_allowed=1.05, over_exact=1.02),
+        cell(2, 10.0, goal_us=20.0, over_dense=1.26, over_dense_allowed=1.05, over_exact=1.03),
+        cell(2, 9.9, mbits=0, over_exact=1.5, over_dense=9.0, over_dense_allowed=1.05),
+        weights(128, 3, "nearest", 1.009, 4.06), weights(128, 3, "search", 2.0, 4.06),
+        weights(32, 3, "search", 0.55, 4.25), weights(32, 3, "search", 0.55, 4.30),
+        {"impl": "torch sum", "case": {"read": "sum"}, "role": "ceiling"},
+    ]  # fmt: skip
+    _, rows = tables_w4.target_rows({"cells": cells})
+    assert [row[1:] for row in rows] == [
+        ("1 of 2", "missed", "1.111: 8×4, M = 1, fp16, E5M5"),
+        ("-", "not measured", "-"),
+        ("-", "not measured", "-"),
+        ("1 of 2", "missed", "1.200: 8×4, M = 2, fp16, E5M5"),
+        ("1 of 2", "missed", "1.010: 8×4, M = 2, fp16, E5M5"),
+        ("1 of 1", "met", "0.999: E5M3, normal"),
+        ("1 of 2", "missed", "1.002: E5M3, normal"),
+    ]
+
+
 def test_cells_are_related() -> None:
     def cell(impl: str, us: float, **case: Any) -> dict[str, Any]:
         shape = {"n": 4096, "k": 4096, "m": 128, "group": 128, "scale_mbits": 5, "dtype": "fp16"}
@@ -140,10 +184,12 @@ def test_cells_are_related() -> None:
     cells = [
         cell("kvcomp", 10.0), cell("kvcomp", 8.0, scale_mbits=-1), cell("cuBLAS fp16", 20.0, group=None),
         cell("cuBLAS bf16", 40.0, dtype="bf16"), cell("Humming int4", 16.0), cell("cuBLAS fp16", 1.0, m=1),
+        cell("bitsandbytes NF4", 20.0, group=64), cell("bitsandbytes NF4", 1.0, group=64, dtype="bf16"),
     ]  # fmt: skip
     w4.relate(cells)
     assert cells[0]["over_dense"] == 0.5 and cells[0]["over_dense_allowed"] == 1.10
     assert cells[0]["over_humming"] == 10 / 16 and cells[0]["over_exact"] == 1.25
+    assert cells[0]["over_bitsandbytes"] == 0.5
     assert w4.allowed_over_dense(4096, 4096, 1024) == w4.allowed_over_dense(8192, 8192, 128) == 1.05
 
 
@@ -165,6 +211,8 @@ def test_tables_of_speed() -> None:
         ("4096×8192", "1", "fp16", "40.0", "-", "16.0", "10.0", "11", "3000"),
         ("4096×8192", "16", "fp16", "-", "-", "-", "14.0", "13.5 (missed)", "3000"),
     ]
+    _, beside = tables_w4.speed_rows({"cells": [*cells, cell("bitsandbytes NF4", 1, 30.0, 64, None)]})
+    assert beside[0] == ("4096×8192", "1", "fp16", "40.0", "-", "16.0", "30.0", "10.0", "11", "3000")
     header, rows = tables_w4.sweep_rows(found)
     assert rows[0][:2] == ("4096×8192 fp16", "0.25") and rows[0][-1] == "128"
     assert rows[0][header.index("128")] == "1.25" and rows[0][header.index("256")] == "-"

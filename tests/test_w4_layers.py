@@ -308,6 +308,8 @@ def test_quant_error() -> None:
     one[0, :G] = 0
     found = quant_error(w, one, G)
     assert found["max_rel_mse"] == pytest.approx(1.0) and found["rel_mse"] == pytest.approx(1 / 8)
+    small = 1e-8 * w  # as large a part of them
+    assert quant_error(small, 1.1 * small, G)["rel_mse"] == pytest.approx(0.01, rel=1e-4)
     zeros = torch.zeros(2, 256)
     assert quant_error(zeros, zeros, G) == {"rel_mse": 0.0, "max_rel_mse": 0.0, "cosine_sim": 1.0}
 
@@ -330,6 +332,9 @@ def test_quant_error() -> None:
         ),
         (lambda: dequantize_weights(normal(2, 64), torch.ones(2, 1), 128), TypeError, "expected a matrix of uint8"),
         (lambda: quant_error(normal(2, 128), normal(2, 64), 128), ValueError, "w_hat"),
+        (lambda: quant_error(normal(0, 128), normal(0, 128), 128), ValueError, "w: expected one element or more"),
+        (lambda: SharedScaleLinear(32, 8, 32)(torch.tensor(1.0)), ValueError, "x: expected (..., 32), got ()"),
+        (lambda: SharedScaleLinear.from_linear(torch.nn.Linear(32, 8, device="meta"), 32), ValueError, "device meta"),
     ],
 )
 def test_weights_refused(call: Any, error: type[Exception], said: str) -> None:
@@ -504,6 +509,22 @@ def test_compiles_whole() -> None:
         x = normal(rows, 64)
         with torch.no_grad():
             assert torch.allclose(compiled(x), made(x))
+
+
+def test_autocast() -> None:
+    """As nn.Linear: floats of 32 bits and fewer become the type that is asked for; compiled, too."""
+    made, plain = SharedScaleLinear.from_linear(linear(64, 96), 32, 3), linear(64, 96)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = normal(3, 64).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = made(x)
+            assert found.dtype == plain(x).dtype == torch.bfloat16
+            assert torch.equal(compiled(x), found)
+        with torch.no_grad():
+            assert torch.equal(made(x.bfloat16()), found) and made(x).dtype == dtype
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        assert made(normal(3, 64)).dtype == torch.float32
 
 
 def test_meta_tensors() -> None:

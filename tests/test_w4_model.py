@@ -6,6 +6,7 @@ the tests below fail where an evaluation goes around its layers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import weakref
@@ -37,6 +38,7 @@ from kvcomp.w4 import pareto as w4_pareto  # noqa: E402
 from kvcomp.w4 import quality as w4_quality  # noqa: E402
 from kvcomp.w4.model import model_bytes  # noqa: E402
 
+BNB = "bitsandbytes"
 MATRIX = EXPERIMENTS / "experiment_matrix.yaml"
 TINY = EXPERIMENTS / "models" / "tiny-base"
 TEXT = EXPERIMENTS / "data" / "held_out.txt"
@@ -63,6 +65,12 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(before[0])
     _C.set_threads(before[1])
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == BNB else find(name, *more))
 
 
 def shipped() -> matrix.Matrix:
@@ -162,6 +170,28 @@ def test_t5_keeps_what_it_reads_itself() -> None:
     assert 0 < (exact - near).norm() / exact.norm() < 0.3
 
 
+def test_a_layer_in_two_places_is_one_after_too() -> None:
+    model = torch.nn.Sequential(linear := torch.nn.Linear(32, 32), torch.nn.SiLU(), linear)
+    made = quantize_model(model, "all", group_size=32)
+    assert model[0] is model[2] and isinstance(model[0], SharedScaleLinear) and len(made.layers) == 1
+    assert model_bytes(model) == made.nbytes + 4 * 32
+
+
+def test_experts_that_are_one_parameter_are_left_alone() -> None:
+    model = small("Mixtral", num_local_experts=2)
+    assert find_linears(model, "all") == [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkvo"]
+    with pytest.raises(ValueError, match=r"expected nn\.Linear layers in repeated blocks"):
+        find_linears(model, "mlp")
+
+
+def test_models_without_what_is_asked_for() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    with pytest.raises(ValueError, match=r"0: expected weights that are loaded, got none \(device meta\)"):
+        quantize_model(model, "all", group_size=32)
+    assert report(model).bits_per_weight == 0 and type(model[0]) is torch.nn.Linear
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, x: Any) -> Any:
         return 2 * super().forward(x)
@@ -208,7 +238,7 @@ def test_scales_of_bitsandbytes_are_counted() -> None:
     layer = torch.nn.Linear(4, 4, bias=False)
     layer.weight.quant_state = State(8, State(2))
     assert model_bytes(torch.nn.Sequential(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
-    assert sum(part.nbytes for part in arms._held(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
+    assert sum(part.nbytes for part in arms.held(layer)) == 4 * (16 + 8 + 16 + 2 + 16)
 
 
 def test_weights_that_are_not_finite_change_nothing() -> None:
@@ -267,7 +297,8 @@ def test_sensitivity_of_every_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "scale_mbits: expected -1 (exact) or 0 to 10, got 12" in capsys.readouterr().err
 
 
-def test_memory_audit(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_memory_audit() -> None:
     loaded = matrix.load(MATRIX)
     asked = [arm for name in ("C0", "C1", "C2", "C3", "C4", "C7") for arm in loaded.arms(name)]
     said: list[str] = []
@@ -279,6 +310,16 @@ def test_memory_audit(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[name]["saving_pct"] == pytest.approx(found[name]["theoretical_saving_pct"], abs=1e-6)
         assert found[name]["bits_per_weight"] == pytest.approx(found[name]["theoretical_bits_per_weight"])
     assert found["C7"]["model_mem_mb"] < found["C4"]["model_mem_mb"] < found["C3"]["model_mem_mb"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec(BNB) is None, reason="bitsandbytes is not installed")
+def test_scales_that_are_quantized_again_are_what_c6_saves() -> None:
+    """C2 and C6 are NF4 in blocks of 64 of the same layers: 32 bits a scale, or 8 and 32 for every 256 of them."""
+    asked = [arm for name in ("C0", "C2", "C6") for arm in matrix.load(MATRIX).arms(name)]
+    plain, nf4, double = analysis.audit(None, asked, torch.device("cpu"), print)
+    assert plain["model_mem_mb"] > nf4["model_mem_mb"] > double["model_mem_mb"]
+    assert nf4["bits_per_weight"] == pytest.approx(4.5, rel=0.005)
+    assert double["bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / 256 / 64, rel=0.02)
 
 
 def test_memory_audit_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,11 +421,12 @@ def test_a_layer_that_tokens_go_around_is_found(monkeypatch: pytest.MonkeyPatch)
     assert {cell["error"]["value"] for cell in found["cells"] if cell["case"]["config_id"] == "C4"} == {1.0}
 
 
+@pytest.mark.usefixtures("without_bitsandbytes")
 def test_quality_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All families are asked and shown; a run that was stopped goes on where it was."""
     out = tmp_path / "q.json"
-    arguments = ["--config_ids", "C2", "C5_m3", "--length", "800", "--questions", "1", "--windows", "1", "--scored",
-                 "64", "--output", str(out)]  # fmt: skip
+    arguments = ["--config_ids", "C1", "C2", "C5_m3", "--length", "800", "--questions", "1", "--windows", "1",
+                 "--scored", "64", "--output", str(out)]  # fmt: skip
     answer, asked = w4_quality.quality.answer, 0
 
     def stops(*given: Any) -> Any:
@@ -402,6 +444,7 @@ def test_quality_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert w4_quality.main(arguments) == 0 and asked == 12 + 5
     found = results.read(out, kind="w4_quality")
     assert list(found["configs"]) == ["C0", "C5_m3"] and "bitsandbytes" in found["skipped"]["C2"]
+    assert found["skipped"]["C1"].startswith("fp8: expected a GPU whose torch multiplies FP8 by rows, got none")
     assert list(tmp_path.iterdir()) == [out]
     said = capsys.readouterr()
     assert "C5_m3" in said.out and "C2 is skipped" in said.err
@@ -462,32 +505,37 @@ def test_families_that_count() -> None:
 
 def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def row(config: str, tpot: float, ci: str = "0.01") -> dict[str, str]:
-        case = {"config_id": config, "model": "m", "prompt_len": "128", "output_len": "64"}
+        case = {"config_id": config, "model": "m", "prompt_len": "128", "output_len": "64", "processor": "P",
+                "kv_cache_dtype": "auto"}  # fmt: skip
         return case | {"tpot_p50_ms_mean": str(tpot), "tpot_p50_ms_ci95": ci}
 
-    one, two, three, four = w4_claims.answer([row("C3", 5.0), row("C4", 5.05), row("C2", 6.0)], measured)
+    one, two, three, four = w4_claims.answer([[row("C3", 5.0), row("C4", 5.05), row("C2", 6.0)]], measured)
     assert one["holds"] and one["figures"][0]["ratio"] == pytest.approx(1.01)
     assert two["figures"][0]["config_id"] == "C3" and two["figures"][2]["C4 over C3"] == pytest.approx(1, abs=0.005)
     assert [figure["config_id"] for figure in three["figures"][:3]] == ["C5_m0", "C5_m3", "C5_m5"]
     assert four["holds"] and len(four["figures"]) == 2
-    slower = w4_claims.answer([row("C3", 5.0), row("C4", 5.5), row("C2", 4.0)], None)
+    slower = w4_claims.answer([[row("C3", 5.0), row("C4", 5.5), row("C2", 4.0)]], None)
     assert [claim["holds"] for claim in slower] == [False, None, None, False]
+    assert slower[0]["why"] == "1 of 1 cells are more than 2 % apart"
     assert slower[1]["why"] == "no quality of C3 and C4"
+    # What was measured elsewhere is not beside it.
+    apart = [[row("C3", 5.0)], [row("C4", 5.0) | {"processor": "Q"}]]
+    assert w4_claims.answer(apart, None)[0]["why"] == "no times of C4 beside C3"
     # Where repeats differ by more than what is to be told, nothing is.
-    noisy = w4_claims.answer([row("C3", 5.0, "0.4"), row("C4", 5.01, "0.4")], None)[0]
-    assert noisy["holds"] is None and "too much to tell 2 %" in noisy["why"]
+    noisy = w4_claims.answer([[row("C3", 5.0, "0.4"), row("C4", 5.01, "0.4")]], None)[0]
+    assert noisy["holds"] is None and noisy["why"] == "1 of 1 cells vary by too much to tell 2 %"
     # Of windows of text, too.
     windows = {"C5_m0": [2.10, 1.90, 2.0], "C5_m3": [2.01, 1.81, 1.9], "C5_m5": [2.0, 1.82, 1.9]}
     cells = [{"case": {"config_id": name, "task": "held_out"}, "window_losses": losses}
              for name, losses in windows.items()]  # fmt: skip
     sweep = {"configs": {name: measured["configs"][name] for name in windows}, "cells": cells}
-    falls = w4_claims.answer(None, sweep)[2]
+    falls = w4_claims.answer([], sweep)[2]
     assert falls["holds"] is None and falls["why"] == "C5_m3 and C5_m5 cannot be told apart"
     assert falls["figures"][3]["C5_m0 over C5_m3"] == pytest.approx(math.exp(28 / 300))
     cells[2]["window_losses"] = [2.05, 1.85, 1.94]
-    assert w4_claims.answer(None, sweep)[2]["holds"] is False
+    assert w4_claims.answer([], sweep)[2]["holds"] is False
     cells[2]["window_losses"] = [1.99, 1.79, 1.88]
-    assert w4_claims.answer(None, sweep)[2]["holds"] is True
+    assert w4_claims.answer([], sweep)[2]["holds"] is True
     path, out = tmp_path / "q.json", tmp_path / "c.json"
     results.write(path, measured)
     assert w4_claims.main(["--quality_json", str(path), "--output", str(out)]) == 0
@@ -495,9 +543,40 @@ def test_claims(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert len(json.loads(out.read_text())["claims"]) == 4
     assert w4_claims.main([]) == 2
     _, shown = tables_w4.claim_rows({"claims": [one, two, three, four, slower[1]]})
-    assert shown[0][1:] == ("holds", "time per token of C4 / C3: 1.010 to 1.010 in 1 cells")
-    assert shown[1][2].startswith("perplexity of C4 over C3: ")
-    assert shown[4][1:] == ("not decided (no quality of C3 and C4)", "-")
+    assert shown[0][1:] == ("holds", "time per token of C4 / C3 (m, P): 1.010 to 1.010 in 1 cells")
+    assert shown[1][2].startswith("perplexity of C4 over C3: ") and "; accuracy of C3 " in shown[1][2]
+    assert shown[4][1:] == ("not decided: no quality of C3 and C4", "-")
+
+
+def test_claims_about_linear_layers(tmp_path: Path) -> None:
+    """Of kvcomp bench w4: C3 are exact scales of 128, C4 E5M5, C2 bitsandbytes."""
+
+    def cell(impl: str, group: int, mbits: int | None, us: float, m: int = 1) -> dict[str, Any]:
+        case = {"n": 8, "k": 4, "m": m, "group": group, "scale_mbits": mbits, "dtype": "bf16"}
+        return {"impl": impl, "case": case, "median_us": us, "samples_us": [us - 0.01, us, us + 0.01]}
+
+    cells = [
+        cell("kvcomp", 128, -1, 10.0), cell("kvcomp", 128, 5, 10.1), cell("kvcomp", 32, -1, 90.0),
+        cell("bitsandbytes NF4", 64, None, 20.0), cell("torch int4", 128, None, 1.0), cell("kvcomp", 128, 5, 50.0, 2),
+        {"impl": "kvcomp weights", "case": {"group": 128, "scale_mbits": 5}, "rel_mse": 0.1},
+        {"impl": "torch sum", "case": {"read": "sum"}, "role": "ceiling"},
+    ]  # fmt: skip
+    found = results.new("w4", command="test") | {"cells": cells, "machine": {"gpu": "G", "cpu": "P"}}
+    one, _, _, four = w4_claims.answer([], None, [found])
+    assert [(f["config_id"], f["place"], f["ratio"]) for f in one["figures"]] == [("C4", "G", pytest.approx(1.01))]
+    assert one["holds"] and 0 < one["figures"][0]["ratio_ci95"] < 0.01
+    assert four["holds"] and [f["ratio"] for f in four["figures"]] == [pytest.approx(0.5), pytest.approx(0.505)]
+    cells[1]["median_us"] = 10.7
+    assert w4_claims.answer([], None, [found])[0]["holds"] is False
+    path, out = tmp_path / "w4.json", tmp_path / "c.json"
+    results.write(path, found)
+    assert w4_claims.main(["--bench_json", str(path), "--output", str(out)]) == 0
+    _, shown = tables_w4.claim_rows(results.read(out, kind="w4_claims"))
+    assert shown[0][1:] == (
+        "does not hold: 1 of 1 cells are more than 2 % apart",
+        "linear layers' time of C4 / C3 (G): 1.070 to 1.070 in 1 cells",
+    )
+    assert w4_claims.main(["--bench_json", str(tmp_path / "none.json")]) == 2
 
 
 def test_tables(measured: dict[str, Any], tmp_path: Path) -> None:

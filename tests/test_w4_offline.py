@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from experiment_support import EXPERIMENTS, ROOT  # noqa: E402
 from kvcomp.bench import aggregate, offline, offline_repeat, offline_table, power  # noqa: E402
+from kvcomp.experiment import tables_w4  # noqa: E402
 from kvcomp.w4 import arms, matrix  # noqa: E402
 
 MATRIX = EXPERIMENTS / "experiment_matrix.yaml"
@@ -57,6 +58,8 @@ def test_the_shipped_matrix() -> None:
     assert loaded.arms("C5_m3") == [found["C5_m3"]]
     usual = loaded.workloads.offline_batch_decode
     assert (usual.prompt_lengths, usual.output_lengths, usual.repeats) == ([128, 512, 2048], [64, 256], 3)
+    serving = loaded.workloads.online_serving
+    assert serving is not None and serving.concurrency == [1, 4, 8, 16, 32] and serving.runner == "vllm"
     # C2 and C6 differ, C4 and C5_m5 do not.
     assert found["C2"].mode != found["C6"].mode
     with pytest.raises(ValueError, match=r"--config_id: expected among C0, C1, .*C5_m0.*, got C10"):
@@ -189,7 +192,8 @@ def test_raw_records(out: Path) -> None:
             assert found["peak_gpu_mem_mb"] is None and 6 < found["model_mem_mb"] < 6.5
             assert found["joules_per_token"] is None and found["energy"]["why"] == "the run is on the CPU"
             assert record["gpu_state_before"] == {"pynvml_error": "the run is on the CPU"}
-            assert {"time", "platform", "python", "torch", "gpu_name", "gpu_cc", "gpu_count"} <= set(record["env"])
+            told = {"time", "platform", "cpu", "cores", "threads", "torch", "bitsandbytes", "gpu_name", "gpu_cc"}
+            assert told <= set(record["env"])
 
 
 def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +214,19 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert float(one["tpot_ms_std"]) == pytest.approx(half * math.sqrt(2))
     assert float(one["tpot_ms_ci95"]) == pytest.approx(12.7062 * half, rel=1e-5)
     assert one["joules_per_token_mean"] == "" and one["peak_gpu_mem_mb_mean"] == ""
+    # The same, as a table of a Markdown file.
+    head, shown = tables_w4.offline_rows({"rows": offline_table.read_aggregated(table)})
+    assert [row[:2] for row in shown] == [
+        ("C4: E5M5 of 128, mlp", f"16 / 33 in, {output} out") for output in (1, 5)
+    ]  # fmt: skip
+    for row in shown:
+        assert row[2].count(" / ") == 1 and row[4:] == ("6.36", "-", "-", "2") and len(row) == len(head)
+    assert shown[0][3] == "-" and shown[1][3].count(" / ") == 1
+    other = [row | {"model": "m", "quant_mode": "w4a16_bnb"} for row in offline_table.read_aggregated(table)]
+    _, both = tables_w4.offline_rows({"rows": [*other, *offline_table.read_aggregated(table)]})
+    assert [row[0] for row in both] == ["C4: NF4 (m)"] * 2 + ["C4: E5M5 of 128, mlp (tiny-base)"] * 2
+    with pytest.raises(ValueError, match=r"expected a table of aggregate_results\.py, got another file"):
+        offline_table.read_aggregated(flat)
     # Aggregated rows are never taken for repeats.
     with pytest.raises(ValueError, match="expected one row for every repeat, got aggregated rows"):
         offline_table.read_flat(agg)
@@ -226,6 +243,9 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert aggregate.main(["--summary_dir", str(flat.parent), "--config_ids", "C4", "C9", "--out_csv", str(table)]) == 2
     assert "--config_ids: expected among C4" in capsys.readouterr().err
     assert aggregate.main(["--summary_dir", str(tmp_path / "none")]) == 2
+    offline_table.write(tmp_path / "left_out" / "C4_0_flat.csv", [], offline_table.FLAT)
+    assert aggregate.main(["--summary_dir", str(tmp_path / "left_out"), "--out_csv", str(table)]) == 2
+    assert "--summary_dir: expected runs in *_flat.csv files of the offline bench, got none" in capsys.readouterr().err
 
 
 def test_prompts_are_the_same_for_every_configuration() -> None:
@@ -287,6 +307,78 @@ def test_commands_that_do_not_measure(
     assert not list(tmp_path.rglob("*.csv"))
 
 
+def measured_by(monkeypatch: pytest.MonkeyPatch, ended: Any) -> list[str]:
+    """Repeats are records that nothing was measured for; ``ended``: their exit codes, by name. -> the names."""
+    asked: list[str] = []
+
+    def repeat(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        path = Path(command[command.index("--out_jsonl") + 1])
+        asked.append(path.stem.rpartition("-")[0])
+        code = ended(asked[-1])
+        if code == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = {"model": "m", "prompt_len": 1, "output_len": 1, "ttft_ms": 1.0, "flags": []}
+            env = {"gpu_name": None, "cpu": "P", "git": "a"}
+            path.write_text(json.dumps({"run_id": f"{path.stem}-p1-o1", "env": env, "result": result}) + "\n")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", repeat)
+    return asked
+
+
+def test_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(offline.results, "versions", lambda: {"git": "a"})  # which runs git
+    monkeypatch.setattr(offline.results, "machine", dict)
+    arguments = ["--config_id", "C3", "C4", "--repeats", "2", "--device", "cpu", "--out_dir", str(tmp_path)]
+    asked = measured_by(monkeypatch, lambda name: 130 if name == "C4-r1" else 0)
+    assert offline.main(arguments) == 130
+    assert asked == ["C3-r0", "C4-r0", "C3-r1", "C4-r1"]  # they take turns
+    assert not list(tmp_path.rglob("*.csv")) and len(list(tmp_path.rglob("*.jsonl"))) == 3
+    # Other settings are another run's.
+    asked = measured_by(monkeypatch, lambda name: 130)
+    assert offline.main([*arguments, "--output_lens", "7"]) == 130 and asked == ["C3-r0"]
+    asked = measured_by(monkeypatch, lambda name: 0)
+    assert offline.main(arguments) == 0
+    assert asked == ["C4-r1"] and len(list(tmp_path.rglob("*_flat.csv"))) == 2
+    for path in tmp_path.rglob("*_flat.csv"):
+        assert [row["repeat"] for row in offline_table.read_flat(path)] == [0, 1]
+    # What is finished is measured again, beside it.
+    asked = measured_by(monkeypatch, lambda name: 0)
+    assert offline.main(arguments) == 0
+    assert len(asked) == 4 and len(list(tmp_path.rglob("*_flat.csv"))) == 4
+    rows = aggregate.collect(tmp_path / "summary")
+    assert [row["n_repeats"] for row in offline_table.aggregate(rows)] == [4, 4]
+
+
+def test_a_configuration_that_cannot_run_keeps_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offline.results, "versions", dict)
+    monkeypatch.setattr(offline.results, "machine", dict)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    asked = measured_by(monkeypatch, lambda name: 3 if name == "C3-r0" else 0)
+    arguments = ["--config_id", "C1", "C2", "C3", "C4", "C4", "--repeats", "2", "--device", "cpu"]
+    assert offline.main([*arguments, "--out_dir", str(tmp_path)]) == 3
+    assert asked == ["C3-r0", "C4-r0", "C4-r1"]
+    said = capsys.readouterr().err
+    assert "C1 is refused: fp8: expected a GPU whose torch multiplies FP8 by rows" in said
+    assert "C2 is skipped: C2 needs bitsandbytes" in said and "C3: a repeat ended with exit code 3" in said
+    assert [path.name[:3] for path in tmp_path.rglob("*_flat.csv")] == ["C4_"]
+    assert offline.main(["--config_id", "C1", "C4", "--repeats", "1", "--device", "cpu",
+                         "--out_dir", str(tmp_path)]) == 2  # fmt: skip
+
+
+def test_a_repeat_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def records(*arguments: Any) -> Any:
+        yield {"run_id": "a"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline_repeat, "_records", records)
+    arguments = ["--prompt_lens", "1", "--output_lens", "1", "--device", "cpu", "--run_id_prefix", "a"]
+    assert offline_repeat.main([*arguments, "--out_jsonl", str(tmp_path / "r.jsonl")]) == 130
+    assert not list(tmp_path.iterdir())
+
+
 # ---- rows
 
 
@@ -304,13 +396,14 @@ def test_aggregate() -> None:
     (single,) = offline_table.aggregate(rows_of(5.0))
     assert (single["tpot_ms_mean"], single["tpot_ms_std"], single["tpot_ms_ci95"]) == (5.0, None, None)
     (partly,) = offline_table.aggregate(rows_of(1.0, None))
-    assert partly["tpot_ms_mean"] == 1.0 and partly["n_repeats"] == 2
+    assert partly["tpot_ms_mean"] is None and partly["n_repeats"] == 2  # never a mean of fewer than it says
     # Models, configurations and lengths are kept apart.
     apart = [*rows_of(1.0), *rows_of(2.0, model="n"), *rows_of(3.0, config_id="C3"), *rows_of(4.0, output_len=256)]
     assert len(offline_table.aggregate(apart)) == 4
     assert offline_table.aggregate([]) == []
-    with pytest.raises(ValueError, match="device: expected cuda in all repeats of C4"):
-        offline_table.aggregate([*rows_of(1.0), *rows_of(2.0, subrun_id="x", device="cpu")])
+    for name, value in (("device", "cpu"), ("processor", "Q"), ("git", "b")):
+        with pytest.raises(ValueError, match=f"{name}: expected .* in all repeats of C4 .*, got {value}"):
+            offline_table.aggregate([*rows_of(1.0), *rows_of(2.0, subrun_id="x", **{name: value})])
 
 
 def test_models_of_one_name_are_not_one() -> None:

@@ -14,11 +14,13 @@
  * Bound against fp64 on the unpacked values: |error| <= max|v| * (2e-6 * (1 + ln tokens) + 2e-8 * scale * |q| |k|) for
  * fp32 queries and output; half a unit of the output's type on top otherwise.
  * CUDA: K's codes times q in 16-bit fixed point, p times V's scale in fp16, sums in fp32 that are emptied every 512
- * tokens a warp: |error| <= 1e-3 of the exact output's root mean square over a head's channels, for fp32 output.
+ * tokens a warp; for fp32 output the root mean square of the error over a head's channels is at most 1e-3 of the
+ * exact output's, and a single channel's error at most 5e-3 of that.
  * Deterministic for one device; the order of sums depends on its number of multiprocessors and on the division. Errors:
  * ESHAPE (query heads that are no multiple of the KV heads, too), EDTYPE, EINVAL, ENOTSUP (head_dim). Workspace:
  * kvc_attend_workspace bytes, 64-aligned; CUDA: kvc_attend_workspace_cuda bytes that are 0xFF before the first call,
- * which every call leaves so; one for each stream. */
+ * which every call leaves so, one that is refused, too; one for each stream. What the device aborts loses the whole
+ * context, and the workspace with it. */
 #pragma once
 #include "format.h"
 #include "kvcomp.h"

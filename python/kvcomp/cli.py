@@ -458,7 +458,9 @@ def _add_bench_decode(operations: Any) -> None:
                         help="decoder layers of decode steps: auto (default), yes, no, tuned (inductor searches, too), "
                         "or options of torch.compile: name=value,name=value")  # fmt: skip
     decode.add_argument("--no-graphs", action="store_true", help="decode steps are not recorded as CUDA graphs")
-    decode.add_argument("--first-samples", type=int, default=2, help="prompts read for the first token's time")
+    decode.add_argument(
+        "--first-samples", type=int, default=3, help="prompts read for the first token's median time (default: 3)"
+    )
     decode.add_argument("--minutes", type=float, help="begin no part later than this; the next run goes on (--output)")
     decode.add_argument("--seed", type=int, default=0)
     decode.add_argument("--output", type=Path, help="write the results here, as JSON, after every part")
@@ -523,16 +525,19 @@ def _add_bench_bsr(operations: Any) -> None:
         "bsr",
         help="block-sparse times dense, against dense and other sparse products of the same matrix",
         description="Square matrices with random blocks. Every product is checked before it is timed; a wrong one "
-        "makes the command exit with 1. Matrices that the output file has already are not measured again.",
+        "makes the command exit with 1. Matrices that the output file has already are not measured again. A GPU "
+        "that is told no size, sparsity, block and pattern measures what the design names, and judges it.",
     )
     bsr.add_argument("--sizes", nargs="+", type=int, metavar="N", help="default: 4096 8192 16384; cpu: 1024 2048")
     bsr.add_argument("--sparsity", nargs="+", type=float, metavar="S",
                      help="shares of empty blocks (default: 0.5 0.7 0.78 0.9; cpu: 0.78)")  # fmt: skip
     bsr.add_argument("--block-sizes", nargs="+", type=int, metavar="B", help="default: 16 32 64 128")
-    bsr.add_argument("--patterns", nargs="+", default=["uniform"], metavar="PATTERN",
+    bsr.add_argument("--patterns", nargs="+", metavar="PATTERN",
                      help="uniform (default), banded, sliding_window, causal, power_law, clustered; all")  # fmt: skip
     bsr.add_argument("--iterations", type=int, help="samples of every cell (default: 100; cpu: 20), slow ones fewer")
-    bsr.add_argument("--rivals", nargs="+", metavar="RIVAL", help="as the cells name them, or none (default: all)")
+    bsr.add_argument("--rivals", nargs="+", metavar="RIVAL",
+                     help="as the cells name them, or none (default: all; two for most of the design)")  # fmt: skip
+    bsr.add_argument("--minutes", type=float, help="begin no matrix later than this; the next run goes on (--output)")
     bsr.add_argument("--dtype", help="float16, bfloat16 (default), float32 (cpu alone, and its default)")
     bsr.add_argument("--out-dtype", help="of what is timed (default: as --dtype)")
     bsr.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where it can be used")
@@ -544,7 +549,7 @@ def _add_bench_bsr(operations: Any) -> None:
 def _bench_bsr(options: argparse.Namespace, command: str) -> int:
     from . import results
     from .bench import bsr, bsr_settings
-    from .bsr import BLOCKS, PATTERNS
+    from .bsr import PATTERNS
     from .experiment import report, tables_bsr
 
     output: Path | None = options.output
@@ -556,7 +561,7 @@ def _bench_bsr(options: argparse.Namespace, command: str) -> int:
     settings = bsr_settings.Settings(
         sizes=options.sizes,
         sparsity=options.sparsity,
-        blocks=options.block_sizes or BLOCKS,
+        blocks=options.block_sizes,
         patterns=PATTERNS if options.patterns == ["all"] else options.patterns,
         iterations=options.iterations,
         device=options.device,
@@ -564,6 +569,7 @@ def _bench_bsr(options: argparse.Namespace, command: str) -> int:
         out_dtype=options.out_dtype,
         rivals=() if options.rivals == ["none"] else options.rivals,
         seed=options.seed,
+        minutes=options.minutes,
     )
     save = None if output is None else functools.partial(results.write, output)
     found = bsr.bench(settings, command=command, before=before, save=save, tell=_say)
@@ -576,7 +582,7 @@ def _bench_bsr(options: argparse.Namespace, command: str) -> int:
 def _add_bench_w4(operations: Any) -> None:
     w4 = operations.add_parser(
         "w4",
-        help="linear layers of packed 4-bit weights against cuBLAS, torch's int4 and Humming",
+        help="linear layers of packed 4-bit weights against cuBLAS, torch's int4, Humming and bitsandbytes",
         description="Sections: table (the design's cells), sweep (1 to 8192 rows against cuBLAS), scales (groups and "
         "mantissa bits), weights (errors of weights).",
     )
@@ -610,6 +616,7 @@ def _bench_w4(options: argparse.Namespace, command: str) -> int:
     if options.output is not None:
         results.write(options.output, found)
     report.print_rows(*tables_w4.speed_rows(found), _console(), "x times 4-bit weights")
+    report.print_rows(*tables_w4.target_rows(found), _console(), "what the design asks for")
     return _judge(found)
 
 

@@ -14,7 +14,8 @@ from kvcomp import _C
 _PACKAGES = ("numpy", "torch", "transformers")
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None: it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -47,7 +48,7 @@ def environment() -> dict[str, Any]:
         "page_format": _C.FORMAT_VERSION,
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
-        **{package: _installed(package) for package in _PACKAGES},
+        **{package: installed(package) for package in _PACKAGES},
         "cpu": {
             "name": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

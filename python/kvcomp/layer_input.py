@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,41 @@ def upload(array: Array, device: Any) -> Any:
 
     copy = staged(array, device).to(device, non_blocking=True, copy=True)
     return copy.view(getattr(torch, array.dtype.name))
+
+
+@contextmanager
+def memory_of(op: str, device: Any) -> Iterator[None]:
+    """MemoryError, in one sentence, where torch finds no room on ``device`` inside; None: on the host."""
+    if device is None:
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MemoryError(f"{op}: memory: expected room for rows and sums on {device}, got none") from None
+
+
+def fetching(*tensors: Any) -> Callable[[], list[Array]]:
+    """Tensors of one device on their way to the host, behind what their stream is doing; the call waits for them.
+
+    What it gives lies in page-locked memory, of which torch keeps as much as was ever held at once: copy what stays."""
+    import torch
+
+    if not tensors or tensors[0].device.type != "cuda":
+        copies = [tensor.detach().clone().numpy() for tensor in tensors]
+        return lambda: copies
+    there = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(there, tensors, strict=True):
+        copy.copy_(tensor.detach(), non_blocking=True)
+    arrived = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def fetched() -> list[Array]:
+        arrived.synchronize()
+        return [copy.numpy() for copy in there]
+
+    return fetched
 
 
 def real_counts(op: str, name: str, given: Any, batch: int, q: int) -> Array | None:

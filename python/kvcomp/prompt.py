@@ -4,7 +4,7 @@ of what was decided."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from . import _C
 from .choose import candidates_of, layer_priorities, layer_shares
 from .devices import arena_on, kind_of_layer, refuse_hold
 from .hold import compact, least_held
-from .layer_input import Array, LayerInput, cuda_of, first_tokens, upload
-from .measure import at_random, check_peaks, distortion_of, importance_of, peaks_on_gpu, recency
+from .layer_input import Array, LayerInput, cuda_of, first_tokens, memory_of, upload
+from .measure import at_random, check_peaks, distortion_begun, importance_begun, peaks_on_gpu, recency
 from .packed import Packed, Report, ratio_text
 from .pages import GRANULE_BYTES, PageRows, WholePages, bytes_held, write_pages
 from .policy import Policy
@@ -50,6 +50,7 @@ class Compressor:
             )
         self.policy, self.layers = policy, layers
         self._least_if_over, self._want_positions = least_if_over, positions
+        self._begun: Callable[[], Ready] | None = None  # a layer that is being measured
         self._ready: list[Ready] = []  # measured, and not packed yet
         self._shapes: list[tuple[int, int, int, int]] = []
         self._packed: list[PackedLayer] = []
@@ -78,12 +79,22 @@ class Compressor:
         if index == 0:
             self._begin(layer)
         self._shapes.append(layer.shape)
+        with memory_of("compress", self._device):
+            self._take(layer, index)
+
+    def _take(self, layer: LayerInput, index: int) -> None:
+        """Measures the layer that was just added, and packs it where nothing is kept."""
         if self._device is not None:
             self._peaks += [(f"{name}: layer {index}", part) for name, part in peaks_on_gpu(layer, self._first)]
         if self._whole is not None:
             self._pack_whole(self._whole, layer, index)
             return
-        self._ready.append(self._measured(layer, index))
+        begun = self._measuring(layer, index)
+        self._catch_up()
+        self._begun = begun
+        if self._device is not None and self.keeps:
+            return  # while the host measures one layer, the GPU is at the next one
+        self._catch_up()
         if not self.keeps:
             self._pack(-1 if self.policy.fixed_class is not None else self._share())
 
@@ -91,6 +102,11 @@ class Compressor:
         """All layers have been added."""
         if len(self._shapes) != self.layers:
             raise ValueError(f"compress: layers: expected {self.layers}, got {len(self._shapes)}")
+        with memory_of("compress", self._device):
+            return self._finish()
+
+    def _finish(self) -> Packed:
+        self._catch_up()
         check_peaks(self._peaks)
         if self._ready:
             self._pack(self._budget(self._bf16_bytes()))
@@ -168,31 +184,43 @@ class Compressor:
             return None
         return rotation.keys[index], rotation.values[index]
 
-    def _measured(self, layer: LayerInput, index: int) -> Ready:
+    def _measuring(self, layer: LayerInput, index: int) -> Callable[[], Ready]:
+        """The layer, measured: what a GPU has to do for it is queued now, and the call waits for that."""
         policy, pair, select = self.policy, self.policy.fixed_class, self.policy.select
-        b, h, s, _ = layer.shape
-        position = np.arange(s)
-        fixed = np.zeros((b * h, s), np.uint8)
-        begin = np.repeat(self._first, h)[:, None]
-        fixed[(position >= begin) & (position < begin + policy.sinks)] = 1
-        fixed[position >= np.maximum(begin, s - policy.kept_window)] = 2
-        importance = np.zeros((b, h, s), np.float32)
+        importance = tables = None
         if pair is None or (select is not None and select.keep is not None):
-            importance = importance_of(layer, policy, index)
-        kept = candidates_of(importance, self._first, policy, index, self.layers)
-        fixed[kept == 0] = 0
-        if policy.allocate == "random":
-            importance = at_random(layer, policy.seed, index)
-        elif policy.allocate == "position":
-            importance = recency(layer)
-        layer = self._rotated(layer, index)  # of the queries only norms are used from here on, which that keeps
-        tables = None
+            importance = importance_begun(layer, policy, index)
+        rows = self._rotated(layer, index)  # of the queries only norms are used from here on, which that keeps
         if pair is None:
-            tables = distortion_of(layer, self._coding, policy.calibration_tokens, index)
-        if layer.queries is not None:
-            layer = LayerInput(layer.keys, layer.values, None, None, layer.first, layer.scale, layer.softcap)
-        priority = float(layer_priorities(select, self.layers)[index])
-        return Ready(layer, index, importance, self._first, kept, fixed, tables, priority, self.layers)
+            tables = distortion_begun(rows, self._coding, policy.calibration_tokens, index)
+        if rows.queries is not None:
+            rows = LayerInput(rows.keys, rows.values, None, None, rows.first, rows.scale, rows.softcap)
+
+        def measured() -> Ready:
+            b, h, s, _ = rows.shape
+            position = np.arange(s)
+            fixed = np.zeros((b * h, s), np.uint8)
+            begin = np.repeat(self._first, h)[:, None]
+            fixed[(position >= begin) & (position < begin + policy.sinks)] = 1
+            fixed[position >= np.maximum(begin, s - policy.kept_window)] = 2
+            worth = np.zeros((b, h, s), np.float32) if importance is None else importance()
+            kept = candidates_of(worth, self._first, policy, index, self.layers)
+            fixed[kept == 0] = 0
+            if policy.allocate == "random":
+                worth = at_random(rows.shape, policy.seed, index)
+            elif policy.allocate == "position":
+                worth = recency(rows.shape)
+            priority = float(layer_priorities(select, self.layers)[index])
+            errors = None if tables is None else tables()
+            return Ready(rows, index, worth, self._first, kept, fixed, errors, priority, self.layers)
+
+        return measured
+
+    def _catch_up(self) -> None:
+        """The layer before is measured, on the host: what that needs of a GPU is there, or is on its way."""
+        measured, self._begun = self._begun, None
+        if measured is not None:
+            self._ready.append(measured())
 
     def _rotated(self, layer: LayerInput, index: int) -> LayerInput:
         """The layer times the policy's own matrices, if it has some."""

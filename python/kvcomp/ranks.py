@@ -123,7 +123,7 @@ def ladder(importance: Array, k_bits: Array, v_bits: Array, fixed: Array) -> tup
     """kind, level (Ranks) of a plan: importance (n, s) float32, bits (n, s) as plan wrote them, fixed (n, s)."""
     n = len(importance)
     classes = np.where((fixed == 0) & (k_bits > 0), k_bits.astype(np.int32) * 32 + v_bits, 0)
-    found = [int(c) for c in np.unique(classes) if c not in (0, 16 * 32 + 16)]
+    found = [int(c) for c in np.flatnonzero(np.bincount(classes.reshape(-1))) if c not in (0, 16 * 32 + 16)]
     counts = np.stack([(classes == c).sum(1) for c in found], 1) if found else np.zeros((n, 0), np.int64)
     sums = [np.where(classes == c, importance, 0).sum(1, dtype=np.float64) for c in found]
     means = (np.stack(sums, 1) if found else np.zeros((n, 0))) / np.maximum(counts, 1)

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from .env import environment
 
 SCHEMA = "kvcomp.results/1"
 MIB = 1024.0 * 1024.0
+_AND = " && "  # between the commands of several runs
 Origin = Literal["measured", "simulated"]
 
 
@@ -37,6 +38,21 @@ def new(kind: str, *, command: str, origin: Origin = "measured") -> dict[str, An
         "origin": origin,
         "cells": [],
     }
+
+
+def continued(
+    found: dict[str, Any], before: dict[str, Any] | None, alike: Sequence[str], tell: Callable[[str], object]
+) -> dict[str, Any]:
+    """``before``, a file's object, with the command of ``found`` behind its own, where what ``alike`` names is the same
+    in both; else ``found``, and ``tell`` is told what is not."""
+    if before is None:
+        return found
+    other = [name for name in alike if before.get(name) != found[name]]
+    if other:
+        tell(f"what there was is of other {' and '.join(other)}: everything is measured anew")
+        return found
+    commands, command = before["command"].split(_AND), found["command"]
+    return before | {"command": _AND.join(commands + [command] * (command not in commands))}
 
 
 def machine() -> dict[str, Any]:

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from . import _C
-from .layer_input import Array, real_counts, upload
+from .layer_input import Array, memory_of, real_counts, upload
 from .pages import copied
 from .ranks import Ranks
 from .stacked import Group, Held, Rows, filled, refill
@@ -183,7 +183,8 @@ class CudaLayer(PackedLayer):
         if kind not in self._attended:  # what would be refused after the append is refused before it
             self.attend(queries[:, :, :0], scale=scale, softcap=softcap)
             self._attended.add(kind)
-        out = queries.new_empty(queries.shape) if out is None else out
+        with memory_of("append", queries.device):
+            out = queries.new_empty(queries.shape) if out is None else out
         if q <= CHUNK:
             self._pass(queries, keys, values, q, counts, scale, softcap, out)
             return out
@@ -209,35 +210,36 @@ class CudaLayer(PackedLayer):
         softcap: float,
         out: torch.Tensor | None,
     ) -> None:
-        stacked, group, coding = self._shared()
-        real = stacked.enter(self, q, counts)
-        if self.rotation is not None:  # before append: attend may read its queries while append runs
-            k_turn, v_turn, _ = self._turns()
-            keys, values = turned(keys, k_turn), turned(values, v_turn)
-            queries = None if queries is None else turned(queries, k_turn)
-        rows = group.there_by_layer[self.place]
-        mass = group.mass if stacked.observing and group.recent is not None and queries is not None else None
-        space = None if queries is None else group.workspace(q, queries.shape[1] // self.heads, mass)
-        # All memory is there before anything is appended.
-        target = back = out
-        if self.rotation is not None and queries is not None:
-            target, back = (torch.empty(queries.shape, device=queries.device) for _ in range(2))
-        _C.append(
-            self.arena, *rows[:5], keys, values, real, rows.classes, coding.layout, self.window, coding.rotation,
-            coding.scale, coding.stochastic, self.layer, coding.seed,
-        )  # fmt: skip
-        stacked.took(self)
-        if queries is None or out is None or target is None or back is None:
-            return
-        division = None if group.divisions is None else group.division_rows[self.place]
-        _C.attend(
-            target, mass, queries, self.arena, rows.table, rows.lists, real, space, coding.layout, coding.rotation,
-            scale, softcap, 0, division, int(division is not None),
-        )  # fmt: skip
-        if target is not out:
-            out.copy_(turned(target, self._turns()[2], back))
-        if mass is not None:
-            group.observe(self.place, mass, q, real, queries.shape[1] // self.heads)
+        with memory_of("append", keys.device):
+            stacked, group, coding = self._shared()
+            real = stacked.enter(self, q, counts)
+            if self.rotation is not None:  # before append: attend may read its queries while append runs
+                k_turn, v_turn, _ = self._turns()
+                keys, values = turned(keys, k_turn), turned(values, v_turn)
+                queries = None if queries is None else turned(queries, k_turn)
+            rows = group.there_by_layer[self.place]
+            mass = group.mass if stacked.observing and group.recent is not None and queries is not None else None
+            space = None if queries is None else group.workspace(q, queries.shape[1] // self.heads, mass)
+            # All memory is there before anything is appended.
+            target = back = out
+            if self.rotation is not None and queries is not None:
+                target, back = (torch.empty(queries.shape, device=queries.device) for _ in range(2))
+            _C.append(
+                self.arena, *rows[:5], keys, values, real, rows.classes, coding.layout, self.window, coding.rotation,
+                coding.scale, coding.stochastic, self.layer, coding.seed,
+            )  # fmt: skip
+            stacked.took(self)
+            if queries is None or out is None or target is None or back is None:
+                return
+            division = None if group.divisions is None else group.division_rows[self.place]
+            _C.attend(
+                target, mass, queries, self.arena, rows.table, rows.lists, real, space, coding.layout, coding.rotation,
+                scale, softcap, 0, division, int(division is not None),
+            )  # fmt: skip
+            if target is not out:
+                out.copy_(turned(target, self._turns()[2], back))
+            if mass is not None:
+                group.observe(self.place, mass, q, real, queries.shape[1] // self.heads)
 
     def _shared(self) -> tuple[Stacked, Group, Any]:
         if self.stacked is None or self.group is None:
@@ -249,7 +251,7 @@ class CudaLayer(PackedLayer):
         if self._matrices is None:
             assert self.rotation is not None and self._value_back is not None
             parts = (*self.rotation, self._value_back)
-            self._matrices = tuple(torch.from_numpy(part).to(self._shared()[1].device) for part in parts)
+            self._matrices = tuple(upload(part, self._shared()[1].device) for part in parts)
         return self._matrices
 
     def _attend(
@@ -285,8 +287,14 @@ class CudaLayer(PackedLayer):
         mass: Any = None,
     ) -> Any:
         """PackedLayer.attend."""
-        if self.rotation is None:
-            return super().attend(queries, scale=scale, softcap=softcap, new_tokens=new_tokens, out=out, mass=mass)
+        with memory_of("attend", getattr(queries, "device", None)):
+            if self.rotation is None:
+                return super().attend(queries, scale=scale, softcap=softcap, new_tokens=new_tokens, out=out, mass=mass)
+            return self._attend_rotated(queries, scale, softcap, new_tokens, out, mass)
+
+    def _attend_rotated(
+        self, queries: Any, scale: float, softcap: float, new_tokens: Array | None, out: Any, mass: Any
+    ) -> Any:
         group, q = self._group_and_new("attend", "queries", queries)
         counts = real_counts("attend", "new_tokens", new_tokens, self.batch, q)
         k_turn, _, v_back = self._turns()

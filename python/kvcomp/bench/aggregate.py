@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.check_writable(options.out_csv, "--out_csv")
         rows = collect(options.summary_dir, options.config_ids)
         if not rows:
-            raise ValueError(f"--summary_dir: expected *_flat.csv files of the offline bench, got none in "
+            raise ValueError(f"--summary_dir: expected runs in *_flat.csv files of the offline bench, got none in "
                              f"{options.summary_dir}")  # fmt: skip
         made = offline_table.aggregate(rows)
         offline_table.write(options.out_csv, made)

@@ -57,7 +57,6 @@ _TABLE_BITS = (4, 2, 8, 3, 16)
 _CHECKED = 4  # lists of a layer
 _DIVISIONS = 20  # of all layers in a graph, so that its start is a small part of it
 _RIVALS = ("cudnn", "flash", "flex")
-_AND = " && "  # between the commands of several runs
 
 Save = Callable[[dict[str, Any]], object]
 Tell = Callable[[str], object]
@@ -107,8 +106,8 @@ def bench(
     tell: Tell = print,
 ) -> Cell:
     """A results object of kind ``attend``. ``cases``: batch and tokens of the table's rows; ``before``: an object to go
-    on with, of the same machine and versions; ``minutes``: nothing is begun later than this; ``save`` is called with
-    the object after every part. ValueError for unknown sections; RuntimeError where CUDA cannot be used."""
+    on with, of the same machine, versions, samples and seed; ``minutes``: nothing is begun later than this; ``save`` is
+    called with the object after every part. ValueError for unknown sections; RuntimeError where CUDA cannot be used."""
     for name in sections:
         if name not in SECTIONS:
             raise ValueError(f"bench: --sections: expected among {', '.join(SECTIONS)}, got {name}")
@@ -117,7 +116,10 @@ def bench(
     if not torch.cuda.is_available():
         raise RuntimeError("bench: --device: expected CUDA to be usable by torch, got none")
     began = time.perf_counter()
-    found = _begin(command, before, tell)
+    found = results.new("attend", command=command) | {"layers": LAYERS, "runs": 0}
+    found["settings"] = {"samples": samples, "seed": seed}
+    found["absent"] = []  # rivals that do not run, and why
+    found = results.continued(found, before, ("machine", "versions", "layers", "settings"), tell)
     done = {_key(cell["impl"], cell["case"]) for cell in found["cells"]}
     wanted = _parts(sections, [Shape(b, s) for b, s in cases], bits, seed)
     parts = [part for part in wanted if any(_key(*name) not in done for name in part.names)]
@@ -134,20 +136,6 @@ def bench(
         relate(found["cells"])
         if save is not None:
             save(found)
-    return found
-
-
-def _begin(command: str, before: Cell | None, tell: Tell) -> Cell:
-    """What there is to go on with, or an empty object."""
-    found = results.new("attend", command=command) | {"layers": LAYERS, "runs": 0}
-    found["absent"] = []  # rivals that do not run, and why
-    if before is not None:
-        other = [name for name in ("machine", "versions", "layers") if before.get(name) != found[name]]
-        if other or "runs" not in before:
-            tell(f"what there was is of other {' and '.join(other or ['form'])}: everything is measured anew")
-        else:
-            commands = before["command"].split(_AND)
-            found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
     return found
 
 

@@ -3,7 +3,9 @@
 Nothing is timed before its result was found right: kvcomp's with float32 out, as ``bsr_gate`` says, and everything's in
 the dtype that is timed. Useful TFLOPS are 2 · stored blocks · block² · N / time, whatever was executed; what a dense
 product would have had to reach is the field ``dense_equivalent_tflops``. Making a matrix, its plan and its copies is
-not timed; ``first_call_ms`` is a first product with all of that.
+not timed; ``first_call_ms`` is a first product with all of that, ``host_us`` how long a later one keeps the host. Where
+kvcomp takes the dense product, its samples and those of the dense rival alternate, and not in a CUDA graph, in which
+the copy would be made at every replay.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import torch
 from .. import _C, results
 from ..bsr import BSRMatrix, matmul, random_bsr, way_of
 from ..bsr.multiply import Method
-from . import bsr_rivals, bsr_samples, timing
+from . import bsr_goals, bsr_rivals, bsr_samples, timing
 from .bsr_gate import SCALE, difference, exact
+from .bsr_goals import DENSE, OURS, Where, tflops
 from .bsr_rivals import Call, Problem
-from .bsr_settings import DTYPES, SAMPLES_LEAST, TARGETS, Settings, Where
+from .bsr_settings import DTYPES, SAMPLES_LEAST, Settings
 
-_AND = " && "  # between the commands of several runs
 _RIVAL_ROOM = 4.0  # half units of a rival's output: some round more than once
-_SWEPT = ("sizes", "sparsity", "blocks", "patterns")  # settings that a file may be gone on with others of
+# Settings that a file is gone on with others of.
+_SWEPT = ("sizes", "sparsity", "blocks", "patterns", "rivals", "minutes", "design")
+_FULL, _HALVED = "torch dense, full", "cusparselt 2:4"  # ceilings
+_HOST_MOST_US = 5e3  # calls that are longer are not asked how long they keep the host
 
 _SHOWN = {
     "tflops": "{:.1f} TFLOPS",
@@ -39,6 +44,7 @@ _SHOWN = {
 
 Save = Callable[[dict[str, Any]], object]
 Tell = Callable[[str], object]
+Timed = Callable[[Call, int], dict[str, Any]]  # times of a call that chooses among so many copies of its inputs
 
 
 def bench(
@@ -50,32 +56,35 @@ def bench(
     tell: Tell = print,
 ) -> dict[str, Any]:
     """A results object of kind ``bsr``. ``before``: one to go on with, of the same machine, versions and settings but
-    for sizes, sparsity, blocks and patterns; ``save`` is called with the object after every matrix. ValueError for
-    numbers out of range, NotImplementedError without a GPU that was asked for."""
-    settings = settings.resolved()
+    for ``_SWEPT``; ``save`` is called with the object after every matrix. ValueError for numbers out of range,
+    NotImplementedError without a GPU that was asked for."""
+    settings, began = settings.resolved(), time.perf_counter()
     found = results.new("bsr", command=command)
-    fixed = {name: value for name, value in asdict(settings).items() if name not in _SWEPT}
-    found["settings"] = {name: list(value) if isinstance(value, tuple) else value for name, value in fixed.items()}
+    found["settings"] = {name: value for name, value in asdict(settings).items() if name not in _SWEPT}
     found["absent"] = []  # rivals that do not run, and why
-    if before is not None and all(before.get(name) == found[name] for name in ("machine", "versions", "settings")):
-        commands = before["command"].split(_AND)
-        found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
+    found = results.continued(found, before, ("machine", "versions", "settings"), tell)
     if settings.device == "cpu":
         found["threads"] = found["machine"]["cores"]
         _C.set_threads(found["threads"])
         torch.set_num_threads(found["threads"])
     run = _Run(settings, found, tell)
     for where in settings.without_room():
-        run.leave_out("kvcomp", run.case(*where), f"no room for so few empty blocks in the pattern {where[3]}")
-    for size in settings.sizes or ():
-        run.ceilings(size)
+        run.leave_out(OURS, run.case(*where), f"no room for so few empty blocks in the pattern {where[3]}")
+    todo = [where for where in settings.cases() if not run.is_done(where)]
+    for number, where in enumerate(todo):
+        if settings.minutes is not None and time.perf_counter() - began > 60 * settings.minutes:
+            left = f"{len(todo) - number} of {len(todo)} matrices"
+            tell(f"left for the next run, after {settings.minutes:g} minutes: {left}")
+            break
+        run.ceilings(where[0])
         run.free()
-        for where in settings.cases():
-            if where[0] == size and not run.has("kvcomp", run.case(*where)):
-                run.measure(where)
-                run.free()
-                if save is not None:
-                    save(found)
+        run.measure(where)
+        run.free()
+        if save is not None:
+            save(found)
+    for verdict in bsr_goals.verdicts(found["cells"]):
+        if settings.design or verdict.found is not None:
+            tell(verdict.line())
     return found
 
 
@@ -96,6 +105,15 @@ class _Run:
         """Whether it was timed; a wrong one is measured again."""
         timed = (cell for cell in self.found["cells"] if "median_us" in cell)
         return any(cell["impl"] == impl and cell["case"] == case for cell in timed)
+
+    def is_done(self, where: Where) -> bool:
+        """Whether kvcomp was timed on a matrix, and each of its rivals beside it, or found not to run."""
+        case = self.case(*where)
+        return self.has(OURS, case) and all(self.is_settled(name, case) for name in self.settings.rivals_of(where))
+
+    def is_settled(self, rival: str, case: dict[str, Any]) -> bool:
+        absent = any(entry["impl"] == rival and entry["case"] == case for entry in self.found["absent"])
+        return absent or self.has(rival, case)
 
     def drop(self, case: dict[str, Any]) -> None:
         """What was found for a case before."""
@@ -141,31 +159,36 @@ class _Run:
         problem, case = self.problem(matrix), self.case(*where)
         self.drop(case)
         reference = exact(matrix.to_dense(), problem.others[0])
-        cells = [self.ours("kvcomp", problem, reference, case, "auto")]
-        ours = cells[0]
+        rivals = self.settings.rivals_of(where)
+        ours, call = self.ours(OURS, problem, reference, case, "auto")
+        cells = [ours]
+        timed: dict[str, Timed] = {}
+        if call is not None and ours["way"] == "dense" and DENSE in rivals:
+            # The same product, asked for by way of the choice, takes turns with the other.
+            timed[DENSE] = functools.partial(self.both, ours, call)
+        else:
+            ours |= self.timed(call, len(problem), graph=ours["way"] == "sparse")
         if ours["way"] != "sparse":
-            cells.append(self.ours("kvcomp sparse", problem, reference, case, "sparse"))
-        for name in self.settings.rivals or ():
+            blocks, sparse = self.ours("kvcomp sparse", problem, reference, case, "sparse")
+            cells.append(blocks | self.timed(sparse, len(problem)))
+        for name in rivals:
             make = functools.partial(bsr_rivals.of(self.device)[name], problem)
-            cells += self.rival(name, make, reference, case, len(problem))
+            cells += self.rival(name, make, reference, case, len(problem), timed.get(name, self.timed))
             self.free()
-            if name == "torch dense" and ours["way"] == "dense" and "samples_us" in ours:
-                # The same product, asked for by way of the choice: before and behind it, as clocks drift by more.
-                ours["samples_us"] += self.timed(self.call(problem, "auto"), len(problem))["samples_us"]
-                ours["median_us"] = median(ours["samples_us"])
+        if timed and "median_us" not in ours:  # the other did not run
+            ours |= self.timed(call, len(problem), graph=False)
         lengths = matrix.row_ptr.diff().double()
         row_blocks = {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())}
         for cell in cells:
             cell |= {"blocks": matrix.blocks, "density": matrix.density, "row_blocks": row_blocks}
-        relate(cells, TARGETS.get(where, {}) if self.device == "cuda" else {})
-        for cell in cells:
+        self.found["cells"] = bsr_goals.related([*self.found["cells"], *cells])
+        for cell in self.found["cells"][-len(cells) :]:
             self.tell(line(cell))
-        self.found["cells"] += cells
 
     def ours(
         self, impl: str, problem: Problem, reference: torch.Tensor, case: dict[str, Any], method: Method
-    ) -> dict[str, Any]:
-        """The cell of one way. A result that is wrong is not timed: its cell has the error alone."""
+    ) -> tuple[dict[str, Any], Call | None]:
+        """The cell of one way, and what is to be timed for it: nothing where a result is wrong."""
         matrices, others = problem.matrices, problem.others
         k, n = others[0].shape
         begin = time.perf_counter()
@@ -186,8 +209,8 @@ class _Run:
         }
         for found in (error, error_timed):
             if not found["value"] <= found["bound"]:
-                return results.cell(impl, case, error=found, **more)
-        return results.cell(impl, case, error=error, **self.timed(call, len(matrices)), **more)
+                return results.cell(impl, case, error=found, **more), None
+        return results.cell(impl, case, error=error, **more), call
 
     def call(self, problem: Problem, method: Method) -> Call:
         matrices, others, outs = problem.matrices, problem.others, problem.outs
@@ -199,7 +222,13 @@ class _Run:
         return multiply
 
     def rival(
-        self, name: str, make: Callable[[], Call], reference: torch.Tensor, case: dict[str, Any], copies: int
+        self,
+        name: str,
+        make: Callable[[], Call],
+        reference: torch.Tensor,
+        case: dict[str, Any],
+        copies: int,
+        timed: Timed,
     ) -> list[dict[str, Any]]:
         """Its cell; or none, and an entry among the absent ones. ``writes``: a dtype that is not the case's."""
         try:
@@ -211,7 +240,7 @@ class _Run:
             kind = str(first.dtype).removeprefix("torch.")
             more = {} if kind == case["out_dtype"] else {"writes": kind}
             del first
-            return [results.cell(name, case, error=error, **self.timed(call, copies), **more)]
+            return [results.cell(name, case, error=error, **timed(call, copies), **more)]
         except Exception as reason:  # whatever a rival's library makes of it: that is its result here
             said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
             self.leave_out(name, case, said)
@@ -219,8 +248,11 @@ class _Run:
 
     def ceilings(self, size: int) -> None:
         """Once for a size: the dense product of a full matrix, and, on CUDA, of a 2:4 one by cuSPARSELt."""
-        case = self.case(size, None, 0.0, "full")
-        if self.has("torch dense, full", case):
+        case, halved = self.case(size, None, 0.0, "full"), self.case(size, None, 0.5, "2:4")
+        wanted = {_FULL: case}
+        if self.device == "cuda" and self.settings.rivals != ():
+            wanted[_HALVED] = halved
+        if all(self.is_settled(name, where) for name, where in wanted.items()):
             return
         left, other = self.normal(size, self.settings.seed + 2), self.normal(size, self.settings.seed + 1)
         count = self.copies(2 * left.nbytes + size * size * self.out_dtype.itemsize)
@@ -229,57 +261,47 @@ class _Run:
         outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
         self.drop(case)
         make = functools.partial(bsr_rivals.multiplied, lefts, others, outs)
-        for cell in self.rival("torch dense, full", make, exact(left, other), case, count):
-            cell |= {"role": "ceiling", "tflops": _tflops(2 * size**3, cell)}
+        for cell in self.rival(_FULL, make, exact(left, other), case, count, self.timed):
+            cell |= {"role": "ceiling", "tflops": tflops(2 * size**3, cell["median_us"])}
             self.tell(line(cell))
             self.found["cells"].append(cell)
-        if self.device == "cuda" and self.settings.rivals:
-            lefts, case = [bsr_rivals.pruned(part) for part in lefts], self.case(size, None, 0.5, "2:4")
-            self.drop(case)
-            made = self.rival(
-                "cusparselt 2:4",
-                functools.partial(bsr_rivals.two_of_four, lefts, others),
-                exact(lefts[0], other),
-                case,
-                count,
-            )
+        if _HALVED in wanted:
+            lefts = [bsr_rivals.pruned(part) for part in lefts]
+            self.drop(halved)
+            make = functools.partial(bsr_rivals.two_of_four, lefts, others)
+            made = self.rival(_HALVED, make, exact(lefts[0], other), halved, count, self.timed)
             for cell in made:
-                cell["dense_equivalent_tflops"] = _tflops(2 * size**3, cell)
+                cell["dense_equivalent_tflops"] = tflops(2 * size**3, cell["median_us"])
                 self.tell(line(cell))
             self.found["cells"] += made
 
-    def timed(self, call: Call, copies: int) -> dict[str, Any]:
-        samples, how = bsr_samples.of(call, copies, self.iterations, SAMPLES_LEAST, self.device)
-        return {"median_us": median(samples), "samples_us": samples, "timing": how}
+    def timed(self, call: Call | None, copies: int, *, graph: bool = True) -> dict[str, Any]:
+        """Times for a cell; none for what is wrong."""
+        if call is None:
+            return {}
+        samples, how = bsr_samples.of(call, copies, self.iterations, SAMPLES_LEAST, self.device, graph=graph)
+        return self.times(call, samples, how)
+
+    def both(self, ours: dict[str, Any], call: Call, other: Call, copies: int) -> dict[str, Any]:
+        """Times for a rival's cell, taken in turn with those of ours."""
+        calls = {OURS: call, DENSE: other}
+        samples, how = bsr_samples.in_turn(calls, copies, self.iterations, SAMPLES_LEAST, self.device)
+        ours |= self.times(call, samples[OURS], f"{how}, in turn")
+        return self.times(other, samples[DENSE], f"{how}, in turn")
+
+    def times(self, call: Call, samples: list[float], how: str) -> dict[str, Any]:
+        middle = median(samples)
+        found = {"median_us": middle, "samples_us": samples, "timing": how}
+        if self.device == "cuda" and middle < _HOST_MOST_US:
+            from . import timing_cuda
+
+            found["host_us"] = median(timing_cuda.host_us(lambda: call(0), calls=20, rounds=5))
+        return found
 
     def free(self) -> None:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-
-def relate(cells: list[dict[str, Any]], targets: dict[str, float]) -> None:
-    """Rates of the cells of one matrix; their time, and ours, beside the dense product's of that matrix."""
-    times = {cell["impl"]: cell["median_us"] for cell in cells if "median_us" in cell}
-    ours, dense = times.get("kvcomp"), times.get("torch dense")
-    for cell in cells:
-        if "median_us" not in cell:
-            continue
-        case = cell["case"]
-        cell["useful_tflops"] = _tflops(2 * cell["blocks"] * case["block"] ** 2 * case["n"], cell)
-        cell["dense_equivalent_tflops"] = _tflops(2 * case["m"] * case["n"] * case["k"], cell)
-        if dense is not None:
-            cell["speedup"] = dense / cell["median_us"]
-            cell["fraction_of_dense"] = cell["useful_tflops"] / _tflops(2 * case["m"] * case["n"] * case["k"], dense)
-        if cell["impl"] == "kvcomp":
-            cell |= targets
-        elif ours is not None:
-            cell["times_kvcomp"] = cell["median_us"] / ours
-
-
-def _tflops(operations: float, cell: dict[str, Any] | float) -> float:
-    taken: float = cell["median_us"] if isinstance(cell, dict) else cell
-    return operations / taken / 1e6
 
 
 def line(cell: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What ``kvcomp bench bsr`` measures: sizes, blocks, sparsities, patterns, and what the design asks of them."""
+"""What ``kvcomp bench bsr`` measures: sizes, blocks, sparsities, patterns, and which rivals beside."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ import torch
 
 from .. import _C
 from ..bsr import BLOCKS, PATTERNS
-from . import bsr_rivals
+from . import bsr_goals, bsr_rivals
+from .bsr_goals import Where
 
 SAMPLES_LEAST = 5
-Where = tuple[int, int, float, str]  # size, block, sparsity, pattern
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _HALVED = ("causal", "sliding_window")  # patterns that leave a triangle empty
-# What the design asks of an H200.
-TARGETS: dict[Where, dict[str, float]] = {
-    (8192, 128, 0.78, "uniform"): {"target_tflops": 650.0, "target_speedup": 3.7},
-    (8192, 64, 0.78, "uniform"): {"target_tflops": 380.0},
-    (8192, 32, 0.78, "uniform"): {"target_tflops": 190.0, "target_speedup": 1.0},
-    (8192, 16, 0.78, "uniform"): {"target_speedup": 0.97},
-    (16384, 128, 0.78, "uniform"): {"target_fraction_of_dense": 0.9},
-    (8192, 128, 0.5, "uniform"): {"target_speedup": 1.0},
-    (8192, 64, 0.5, "uniform"): {"target_speedup": 1.0},
-}
+# What the design names: what a GPU measures where nothing else is asked for, in the order of its weight.
+_TABLE = tuple((8192, block, 0.78, bsr_goals.UNIFORM) for block in bsr_goals.BLOCKS)
+DESIGN: tuple[Where, ...] = (
+    *_TABLE,
+    (16384, 128, 0.78, bsr_goals.UNIFORM),
+    *((8192, block, 0.78, pattern) for block in bsr_goals.BLOCKS for pattern in bsr_goals.LIKE_UNIFORM),
+    *((8192, block, sparsity, bsr_goals.UNIFORM) for block in bsr_goals.BLOCKS for sparsity in (0.5, 0.9)),
+)
+_FEW = ("torch dense", "torch bsr")  # rivals of the design's matrices beside its table: the others take seconds
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure; None: the device's own."""
+    """What to measure; None: the device's own. With no size, sparsity, block and pattern a GPU measures ``DESIGN``."""
 
     sizes: Sequence[int] | None = None
     sparsity: Sequence[float] | None = None
-    blocks: Sequence[int] = BLOCKS
-    patterns: Sequence[str] = ("uniform",)
+    blocks: Sequence[int] | None = None
+    patterns: Sequence[str] | None = None
     iterations: int | None = None
     device: str | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     rivals: Sequence[str] | None = None  # names; empty: none
     seed: int = 0
+    minutes: float | None = None  # no matrix is begun later than this
+    design: bool = False  # set by ``resolved``
 
     def resolved(self) -> Settings:
         """Everything named; ValueError for what cannot be measured."""
@@ -51,23 +52,24 @@ class Settings:
         dtype = self.dtype or ("bfloat16" if gpu else "float32")
         made = replace(
             self,
+            design=gpu and (self.sizes, self.sparsity, self.blocks, self.patterns) == (None,) * 4,
             sizes=_each(self.sizes if self.sizes is not None else (4096, 8192, 16384) if gpu else (1024, 2048)),
             sparsity=_each(self.sparsity if self.sparsity is not None else (0.5, 0.7, 0.78, 0.9) if gpu else (0.78,)),
-            blocks=_each(self.blocks),
-            patterns=_each(self.patterns),
+            blocks=_each(BLOCKS if self.blocks is None else self.blocks),
+            patterns=_each((bsr_goals.UNIFORM,) if self.patterns is None else self.patterns),
             iterations=(100 if gpu else 20) if self.iterations is None else self.iterations,
             device=device,
             dtype=dtype,
             out_dtype=self.out_dtype or dtype,
-            rivals=_each(self.rivals if self.rivals is not None else bsr_rivals.of(device)),
+            rivals=None if self.rivals is None else _each(self.rivals),
         )
         made._check(gpu)
         return made
 
     def _check(self, gpu: bool) -> None:
         choices: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
-            "block-sizes": (self.blocks, BLOCKS),
-            "patterns": (self.patterns, PATTERNS),
+            "block-sizes": (self.blocks or (), BLOCKS),
+            "patterns": (self.patterns or (), PATTERNS),
             "rivals": (self.rivals or (), tuple(bsr_rivals.of(str(self.device)))),
             "dtype": ([self.dtype], tuple(DTYPES) if not gpu else tuple(DTYPES)[:2]),
             "out-dtype": ([self.out_dtype], tuple(DTYPES)),
@@ -78,7 +80,7 @@ class Settings:
                 if value not in allowed:
                     raise ValueError(f"bench: --{flag}: expected among {', '.join(map(str, allowed))}, got {value}")
         for size in self.sizes or ():
-            if size < 1 or any(size % block for block in self.blocks):
+            if size < 1 or any(size % block for block in self.blocks or ()):
                 raise ValueError(f"bench: --sizes: expected multiples of the block sizes, got {size}")
         for sparsity in self.sparsity or ():
             if not 0 <= sparsity < 1:
@@ -88,6 +90,8 @@ class Settings:
                 f"bench: --sparsity: expected 0.5 or more for the patterns {', '.join(_HALVED)}, got "
                 f"{', '.join(map(str, self.sparsity or ()))}"
             )
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"bench: --minutes: expected more than 0, got {self.minutes:g}")
         if (self.iterations or 0) < SAMPLES_LEAST:
             raise ValueError(f"bench: --iterations: expected at least {SAMPLES_LEAST}, got {self.iterations}")
         if gpu and not (_C.cuda_info()["available"] and torch.cuda.is_available()):
@@ -95,6 +99,8 @@ class Settings:
 
     def cases(self) -> Iterator[Where]:
         """Size, block, sparsity, pattern; but for those ``without_room``."""
+        if self.design:
+            return iter(DESIGN)
         return itertools.filterfalse(_is_full, self._products())
 
     def without_room(self) -> Iterator[Where]:
@@ -102,7 +108,13 @@ class Settings:
         return filter(_is_full, self._products())
 
     def _products(self) -> Iterator[Where]:
-        return itertools.product(self.sizes or (), self.blocks, self.sparsity or (), self.patterns)
+        return itertools.product(self.sizes or (), self.blocks or (), self.sparsity or (), self.patterns or ())
+
+    def rivals_of(self, where: Where) -> Sequence[str]:
+        """What is measured beside kvcomp on a matrix."""
+        if self.rivals is not None:
+            return self.rivals
+        return _FEW if self.design and where not in _TABLE else tuple(bsr_rivals.of(str(self.device)))
 
 
 def _is_full(case: Where) -> bool:

@@ -25,12 +25,12 @@ import transformers
 
 from .. import Policy, results, w4
 from ..hf import compress
+from . import decode_goals
 
 RIVALS = ("dynamic", "static", "quantized")
 WARM_TOKENS = 4  # of each answer, left out of the median: recording, compiling
 CHECKED = 4  # decode steps whose logits are compared
 PROFILED = 8  # decode steps that are profiled
-_AND = " && "  # between the commands of several runs
 _SHORT = 128  # tokens of the prompt that readies libraries
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -77,7 +77,7 @@ class Settings:
     device: str = "cuda"
     compile: Any = "auto"
     graphs: bool = True
-    first_samples: int = 2
+    first_samples: int = 3
     minutes: float | None = None
     seed: int = 0
 
@@ -153,19 +153,15 @@ def bench(
     save: Callable[[dict[str, Any]], None] = lambda found: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine and versions; ``save`` is
+    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine, versions, seed and
+    way of decoding; ``save`` is
     called with what is there after every part. ValueError for settings out of range."""
     _check(settings)
     began = time.perf_counter()
     device = torch.device(settings.device)
     found = results.new("decode", command=command)
-    if before is not None:
-        other = [name for name in ("machine", "versions") if before.get(name) != found[name]]
-        if other:
-            tell(f"what there was is of other {' and '.join(other)}: everything is measured anew")
-        else:
-            commands = before["command"].split(_AND)
-            found = before | {"command": _AND.join(commands + [command] * (command not in commands))}
+    found["settings"] = {"compile": settings.compile, "graphs": settings.graphs, "seed": settings.seed}
+    found = results.continued(found, before, ("machine", "versions", "settings"), tell)
     found.setdefault("not_measured", {})
     done = {(cell["impl"], *sorted(cell["case"].items())) for cell in found["cells"]}
     parts = [part for part in _parts(settings) if (part[0], *sorted(part[1].items())) not in done]
@@ -212,6 +208,7 @@ def bench(
             tell(f"{name}: not measured: {found['not_measured'][name]}")
         torch._dynamo.reset()
         _tidy(device)
+        found["cells"] = decode_goals.relate(found["cells"])
         save(found)
     return found
 
@@ -304,7 +301,9 @@ def _cell(
 ) -> dict[str, Any]:
     device = torch.device(settings.device)
     ids = prompts(settings, case["b"], model.config.vocab_size)
-    _answer(model, ids[:, :_SHORT], WARM_TOKENS, {})  # readies libraries
+    # Libraries load kernels when they are first called; those for long prompts are others than those for short ones.
+    _answer(model, ids[:, :_SHORT], WARM_TOKENS, {})
+    _answer(model, ids[:1], 1, arguments)
     first = []
     for _ in range(settings.first_samples - 1):
         _tidy(device)
@@ -386,13 +385,22 @@ def _kv_bytes(cache: Any, model: Any, batch: int) -> dict[str, Any]:
     plain = batch * positions * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2 * 2
     held = getattr(cache, "nbytes", None)
     if held is None:
-        held = sum(
-            part.nbytes
-            for layer in cache.layers
-            for part in (vars(layer).get("keys"), vars(layer).get("values"))
-            if isinstance(part, torch.Tensor)
-        )
+        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        held = sum(_bytes(vars(layer).get(name)) for layer in cache.layers for name in names)
     return {"kv_bytes": int(held), "kv_ratio": plain / held if held else None}
+
+
+def _bytes(part: Any) -> int:
+    """Of a tensor, of those that a quantized one is made of, of all tensors in a container."""
+    if isinstance(part, dict):
+        return sum(_bytes(value) for value in part.values())
+    if isinstance(part, list | tuple):
+        return sum(_bytes(value) for value in part)
+    if not isinstance(part, torch.Tensor):
+        return 0
+    if hasattr(part, "__tensor_flatten__"):
+        return sum(_bytes(getattr(part, name)) for name in part.__tensor_flatten__()[0])
+    return int(part.nbytes)
 
 
 def _plain(model: Any, ids: torch.Tensor) -> Any:

@@ -12,6 +12,10 @@ _GOALS: dict[str, tuple[str, int]] = {
     "target_ratio": ("times_uniform", 1),
     "target_fraction": ("fraction_of_copy", -1),
     "target_tflops": ("tflops_executed", -1),
+    "target_tpot_ms": ("tpot_ms", 1),
+    "target_times_plain": ("times_plain", -1),
+    "target_ttft_ratio": ("ttft_ratio", 1),
+    "target_kv_ratio": ("kv_ratio", -1),
 }
 
 
@@ -24,11 +28,12 @@ def excess(cell: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def verdict(cell: Mapping[str, Any], *, prototype: bool = True) -> str:
-    """Such as "≤ 69: met by 1.4 %"; nothing for cells without a target. ``prototype``: what it took is named, too."""
+def verdict(cell: Mapping[str, Any], *, prototype: bool = True, only: str | None = None) -> str:
+    """Such as "≤ 69: met by 1.4 %"; nothing for cells without a target. ``prototype``: what it took is named, too.
+    ``only``: that target alone."""
     said = []
     for target, beyond in excess(cell).items():
-        if target == "prototype_us" and not prototype:
+        if (target == "prototype_us" and not prototype) or only not in (None, target):
             continue
         sign, name = "≤" if _GOALS[target][1] > 0 else "≥", " (prototype)" if target == "prototype_us" else ""
         said.append(f"{sign} {cell[target]:g}{name}: {'met' if beyond <= 0 else 'missed'} by {100 * abs(beyond):.1f} %")

@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from .. import Policy, results
+from ..env import installed
 from ..hf import Cache, compress
 from ..w4 import arms
 from ..w4.matrix import Arm
@@ -123,16 +124,13 @@ def run(options: argparse.Namespace) -> None:
         options.run_id_prefix, "", options.quant_mode, options.dtype, options.scale_mbits, options.group_size,
         options.quant_target, options.rounding,
     )  # fmt: skip
-    options.out_jsonl.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with options.out_jsonl.open("x", encoding="utf-8") as file:
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as file:
             for record in _records(options, arm, device):
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-    except BaseException:
-        if options.out_jsonl.stat().st_size == 0:
-            options.out_jsonl.unlink()
-        raise
+
+    results.replace(options.out_jsonl, write)
 
 
 def _records(options: argparse.Namespace, arm: Arm, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -347,13 +345,14 @@ def energy(
         return {"joules_per_token": None, "energy": {"why": gpu.why}}
 
     def joules(tokens: int) -> tuple[power.Energy, int]:
-        start = time.perf_counter()
-        answer(subject, ids, tokens)
-        count = max(1, int(_ENERGY_SECONDS / (time.perf_counter() - start)) + 1)
+        count = 0
 
         def answers() -> None:
-            for _ in range(count):
+            nonlocal count
+            end = time.perf_counter() + _ENERGY_SECONDS
+            while count == 0 or time.perf_counter() < end:
                 answer(subject, ids, tokens)
+                count += 1
 
         return power.measure(gpu, lambda: states.extend(power.watch(gpu, answers)), idle=idle), count
 
@@ -392,11 +391,13 @@ def _packed_bytes(subject: Subject, timed: Timed) -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a record was made; no names of hosts or users."""
-    found = results.versions()
+    found, machine = results.versions(), results.machine()
     env = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "platform": results.machine()["platform"],
+        **{name: machine[name] for name in ("platform", "cpu", "cores")},
+        "threads": torch.get_num_threads(),
         **{name: found[name] for name in ("kvcomp", "git", "python", "torch", "transformers")},
+        "bitsandbytes": installed("bitsandbytes"),
         "cuda_version": torch.version.cuda,
         "gpu_name": None,
         "gpu_count": torch.cuda.device_count() if torch.cuda.is_available() else 0,

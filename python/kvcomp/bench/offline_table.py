@@ -37,6 +37,8 @@ CASE = (
     "dtype",
     "kv_cache_dtype",
     "device",
+    "processor",  # the GPU's name, or the CPU's
+    "git",
     "prompt_len",
     "output_len",
 )
@@ -53,19 +55,23 @@ SAME = (
     "dtype",
     "kv_cache_dtype",
     "device",
+    "processor",
+    "git",
 )
 Row = dict[str, Any]
 
 
 def flat_row(record: Mapping[str, Any], config_id: str, repeat: int) -> Row:
     """A raw record's row."""
-    values = {**record["result"], "config_id": config_id, "repeat": repeat, "subrun_id": record["run_id"]}
+    env = record["env"]
+    made = {"processor": env["gpu_name"] or env["cpu"], "git": env["git"]}
+    values = {**record["result"], **made, "config_id": config_id, "repeat": repeat, "subrun_id": record["run_id"]}
     return {name: "; ".join(values["flags"]) if name == "flags" else values.get(name) for name in FLAT}
 
 
 def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> list[Row]:
     """Mean, standard deviation and half of the 95 % interval of every metric over the repeats of (model, config,
-    prompt, output). None where no repeat has a figure; std and ci95 of a single one are None, too.
+    prompt, output). None where a repeat has no figure; std and ci95 of a single one are None, too.
 
     ValueError where a group's rows are not repeats of one thing (two models of one name are not), one of them is there
     twice, or does not say of which model it is."""
@@ -92,6 +98,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = METRIC
         out: Row = dict(zip(GROUP, key, strict=True)) | common | {"n_repeats": len(members)}
         for metric in metrics:
             values = [float(row[metric]) for row in members if row.get(metric) is not None]
+            values = values if len(values) == len(members) else []
             out[f"{metric}_mean"] = mean(values) if values else None
             several = len(values) > 1
             out[f"{metric}_std"] = stdev(values) if several else None
@@ -157,6 +164,18 @@ def read_flat(path: Path) -> list[Row]:
             raise ValueError(f"aggregate: {path}: expected {len(header)} cells in every row, got another number")
         found.append({name: _value(path, name, row[name]) for name in FLAT})
     return found
+
+
+def read_aggregated(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of scripts/aggregate_results.py, as they are written. ValueError for another file."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
+    if not rows or not {*GROUP, *SAME, "n_repeats", "tpot_p50_ms_mean", "tpot_p50_ms_ci95"} <= set(rows[0]):
+        raise ValueError(f"aggregate: {path}: expected a table of aggregate_results.py, got another file")
+    return rows
 
 
 _NUMBERS = {*METRICS, "bits_per_weight"}

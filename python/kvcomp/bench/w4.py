@@ -1,4 +1,5 @@
-"""``kvcomp bench w4``: linear layers of packed 4-bit weights, against cuBLAS in 16 bits, torch's int4 and Humming.
+"""``kvcomp bench w4``: linear layers of packed 4-bit weights, against cuBLAS in 16 bits, torch's int4, Humming and
+bitsandbytes' NF4.
 
 Every cell is checked before it is timed: kvcomp's against fp64 on the weights that its packed bytes hold, within the
 bound of csrc/kvcomp/w4.h; a rival's against fp64 on its own. On a GPU calls are recorded as graphs, and weights take
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import _C, results
+from ..env import installed
 from ..w4 import weights
 from . import timing, timing_cuda, w4_rivals
 
@@ -106,7 +108,7 @@ def relate(cells: list[dict[str, Any]]) -> None:
             if other["impl"] in _DENSE and other["case"]["dtype"] == case["dtype"]:
                 cell["over_dense"] = ratio
                 cell["over_dense_allowed"] = allowed_over_dense(case["n"], case["k"], case["m"])
-            elif other["impl"] in ("Humming int4", "torch int4"):
+            elif other["impl"] in w4_rivals.INT4 and other["case"]["dtype"] == case["dtype"]:
                 cell[f"over_{other['impl'].split()[0].lower()}"] = ratio
             elif other["impl"] == "kvcomp" and other["case"] == case | {"group": 128, "scale_mbits": -1}:
                 cell["over_exact"] = ratio
@@ -235,8 +237,9 @@ class _Run:
         return self._timed("kvcomp", case, call, len(form.copies), form.copies[0].nbytes, error, more)
 
     def rivals(
-        self, matrix: _Matrix, xs: list[torch.Tensor], dtype: str, names: Sequence[str] = ("dense", "int4", "humming")
-    ) -> None:
+        self, matrix: _Matrix, xs: list[torch.Tensor], dtype: str,
+        names: Sequence[str] = ("dense", "int4", "humming", "nf4"),
+    ) -> None:  # fmt: skip
         m, n, k = xs[0].shape[0], matrix.n, matrix.k
         weight = matrix.weight.to(_DTYPES[dtype])
         copies = _copies(n * k // 2, self.device)
@@ -248,6 +251,7 @@ class _Run:
 
         made: dict[str, Callable[[], w4_rivals.Rival]] = {
             "dense": lambda: w4_rivals.dense(weight, xs, _copies(weight.nbytes, self.device)),
+            "nf4": lambda: w4_rivals.nf4(weight, xs, copies),
         }
         if dtype == "bf16":
             made["int4"] = int4
@@ -256,12 +260,14 @@ class _Run:
         for name in names:
             if name not in made:
                 continue
-            case = {"n": n, "k": k, "m": m, "group": None if name == "dense" else GROUP, "scale_mbits": None,
-                    "dtype": dtype}  # fmt: skip
+            group = {"dense": None, "nf4": 64}.get(name, GROUP)
+            case = {"n": n, "k": k, "m": m, "group": group, "scale_mbits": None, "dtype": dtype}
             try:
                 rival = made[name]()
                 error = self._relative(rival, xs[0])
-                self._timed(rival.impl, case, rival.call, copies, rival.nbytes, error, {})
+                package = w4_rivals.PACKAGES.get(rival.impl)
+                more = {"version": installed(package)} if package else {}
+                self._timed(rival.impl, case, rival.call, copies, rival.nbytes, error, more)
             except Exception as reason:  # whatever a rival raises is its own reason for not being here
                 said = (str(reason).splitlines() or [type(reason).__name__])[0][:300]
                 self.found["absent"].append({"impl": name, "case": case, "reason": said})

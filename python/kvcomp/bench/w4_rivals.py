@@ -1,5 +1,5 @@
-"""What 4-bit linear layers are measured against: 16 bits (cuBLAS; torch's own on the CPU), torch's int4 product, and
-Humming where it is installed (PyPI: humming-kernels)."""
+"""What 4-bit linear layers are measured against: 16 bits (cuBLAS; torch's own on the CPU), torch's int4 product, and,
+where they are installed, Humming (PyPI: humming-kernels) and bitsandbytes' NF4 (configuration C2 of the matrix)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 
+from ..w4 import arms
+
 GROUP = 128
+INT4 = ("torch int4", "Humming int4", "bitsandbytes NF4")
+PACKAGES = {"Humming int4": "humming-kernels", "bitsandbytes NF4": "bitsandbytes"}
 _INNER_TILES = 8  # of torch's int4 packing
+_ROUNDED = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative error (L2) of sums and outputs of these types
 
 Call = Callable[[int], Any]
 
@@ -39,7 +44,7 @@ def dense(weight: torch.Tensor, xs: list[torch.Tensor], copies: int) -> Rival:
         lambda number: torch.mm(xs[number % len(xs)], held[number % len(held)].T, out=out),
         weight.nbytes,
         weight,
-        2e-2 if weight.dtype == torch.bfloat16 else 4e-3,
+        _ROUNDED[weight.dtype],
     )
 
 
@@ -65,7 +70,7 @@ def torch_int4(codes: torch.Tensor, scales: torch.Tensor, xs: list[torch.Tensor]
 
     call(0)
     exact = codes.to(device).float().view(len(codes), -1, GROUP) * rounded.float()[..., None]
-    return Rival("torch int4", call, packed.nbytes + both.nbytes, exact.view(codes.shape), 2e-2)
+    return Rival("torch int4", call, packed.nbytes + both.nbytes, exact.view(codes.shape), _ROUNDED[torch.bfloat16])
 
 
 def humming(weight: torch.Tensor, xs: list[torch.Tensor], copies: int) -> Rival:
@@ -89,3 +94,27 @@ def humming(weight: torch.Tensor, xs: list[torch.Tensor], copies: int) -> Rival:
     call(0)
     nbytes = sum(part.nbytes for name, part in layer.state_dict().items() if name != "locks")
     return Rival("Humming int4", call, nbytes, weight, 0.25)
+
+
+def nf4(weight: torch.Tensor, xs: list[torch.Tensor], copies: int) -> Rival:
+    """bitsandbytes' layer of the same weights, whose scales are not quantized again. Whatever it raises says why it is
+    not here."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("bitsandbytes is not installed")
+    from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found,unused-ignore]
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layers: list[Any] = [arms.nf4(linear, double=False) for _ in range(copies)]
+    first = layers[0].weight
+    exact = dequantize_4bit(first.data, first.quant_state).float()
+    nbytes = sum(part.nbytes for part in arms.held(layers[0]))
+    with torch.no_grad():
+        layers[0](xs[0])
+    return Rival(
+        "bitsandbytes NF4",
+        lambda number: layers[number % copies](xs[number % len(xs)]),
+        nbytes,
+        exact,
+        _ROUNDED[weight.dtype],
+    )

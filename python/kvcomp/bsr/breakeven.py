@@ -128,6 +128,12 @@ def dense_us(rates: Rates, shape: tuple[int, int], n: int, itemsize: int) -> flo
     return rates.launch_us + max(arithmetic, moved)
 
 
+def copy_us(rates: Rates, shape: tuple[int, int], count: int, block: int, itemsize: int) -> float:
+    """Microseconds that a dense copy is expected to take: zeros everywhere, then the blocks from place to place."""
+    m, k = shape
+    return itemsize * (m * k + 2 * count * block * block) / rates.gb_per_s / 1e3
+
+
 def break_even(block_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float16) -> float:
     """The share of stored blocks up to which sparse is taken, for many columns and blocks that lie anywhere.
 

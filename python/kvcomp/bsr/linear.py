@@ -159,7 +159,8 @@ class BlockSparseLinear(nn.Module):
         rates = breakeven.rates_of(values.device, values.dtype)
         shape, itemsize = (self.out_features, self.in_features), values.dtype.itemsize
         sparse = breakeven.sparse_us(rates, shape, self.block_size, values.shape[0], self.steps, n, itemsize)
-        return sparse <= breakeven.dense_us(rates, shape, n, itemsize)
+        copy = breakeven.copy_us(rates, shape, values.shape[0], self.block_size, itemsize)
+        return sparse <= copy + breakeven.dense_us(rates, shape, n, itemsize)
 
     def extra_repr(self) -> str:
         blocks = -(-self.out_features // self.block_size) * -(-self.in_features // self.block_size)

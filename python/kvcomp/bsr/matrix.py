@@ -264,14 +264,15 @@ class BSRMatrix:
         return matrix
 
     def _keep(self, factor: int, make: Callable[[], Any]) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            if self.values.is_inference() or capturing(self.device):
+        if self.values.is_inference() or capturing(self.device):
+            with torch.inference_mode(False), torch.no_grad():
                 return make()
-            kept = self._kept.get(factor)
-            if kept is None or not kept.follows(self.values):
+        kept = self._kept.get(factor)
+        if kept is None or not kept.follows(self.values):
+            with torch.inference_mode(False), torch.no_grad():
                 kept = self._kept[factor] = Kept(self.values, make())
-            kept.ready(_memory(kept.copy))
-            return kept.copy
+        kept.ready(_memory(kept.copy))
+        return kept.copy
 
     def forget(self, keep: int | None = None) -> None:
         """Drops what ``dense`` (0) and ``joined`` (its factor) keep, but for one of them."""

@@ -95,7 +95,8 @@ def _result_dtype(
             raise ValueError(f"matmul: out_dtype: expected {out.dtype} as out, got {asked}")
         if _folded(out):
             raise ValueError(f"matmul: out: expected memory of its own for each element, got strides {out.stride()}")
-        if any(_overlap(out, other) for other in (b, a.values)):
+        first, last = _span(out)
+        if any(max(begin, first) < min(end, last) for begin, end in (_span(b), _span(a.values))):
             raise ValueError("matmul: out: expected memory apart from b and the values, got some of theirs")
         asked = out.dtype
     dtype = b.dtype if asked is None else asked
@@ -104,20 +105,19 @@ def _result_dtype(
     return dtype
 
 
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the memory from the first to the last element of two tensors has bytes in common."""
-    if not one.numel() or not other.numel():
-        return False
-    ends = [
-        part.data_ptr()
-        + part.itemsize * (1 + sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True)))
-        for part in (one, other)
-    ]
-    return one.data_ptr() < ends[1] and other.data_ptr() < ends[0]
+def _span(part: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last; twice the same for one without elements."""
+    begin = part.data_ptr()
+    if part.is_contiguous() or not part.numel():
+        return begin, begin + part.nbytes
+    last = sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True))
+    return begin, begin + part.itemsize * (1 + last)
 
 
 def _folded(out: torch.Tensor) -> bool:
     """Whether elements may share memory: a step that does not reach beyond all smaller ones."""
+    if out.is_contiguous():
+        return False
     reach = 0
     for step, n in sorted(zip(out.stride(), out.shape, strict=True)):
         if n > 1 and step <= reach and out.numel():

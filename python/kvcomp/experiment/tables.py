@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from .. import results
+from ..bench.offline_table import read_aggregated
 from . import policies_report, report, tables_bsr, tables_gpu, tables_w4
 from .report import markdown
 
@@ -26,10 +28,18 @@ SOURCES = {
     **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
     **{name: (_H200 / f"{name.split('_')[0]}.json", name.split("_")[0], name) for name in tables_gpu.ROWS},
     **{name: (_H200 / "bsr.json", "bsr", name) for name in tables_bsr.ROWS},
+    "l2_rate": (_H200 / "l2_rate.json", "l2_rate", "l2_rate"),
     "bsr_cpu": (Path("experiments/results/cpu/bsr.json"), "bsr", "bsr_rivals"),
     **tables_w4.SOURCES,
 }
-ROWS = {**report.ROWS, **policies_report.ROWS, **tables_gpu.ROWS, **tables_bsr.ROWS, **tables_w4.ROWS}
+ROWS = {
+    **report.ROWS,
+    **policies_report.ROWS,
+    **tables_gpu.ROWS,
+    **tables_bsr.ROWS,
+    **tables_bsr.OTHER_ROWS,
+    **tables_w4.ROWS,
+}
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -44,6 +54,11 @@ def render(text: str, folder: Path) -> str:
         if name not in SOURCES:
             raise ValueError(f"tables: {name}: expected a table named {', '.join(SOURCES)}, got another")
         path, kind, rows = SOURCES[name]
-        return begin + markdown(*ROWS[rows](results.read(folder / path, kind=kind))) + end
+        return begin + markdown(*ROWS[rows](_read(folder / path, kind))) + end
 
     return _TABLE.sub(table, text)
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    """A results object; of a CSV file, which has no head, its rows."""
+    return {"rows": read_aggregated(path)} if path.suffix == ".csv" else results.read(path, kind=kind)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..bench import bsr_goals
 from .report import NOTHING, Results, Row
 
-_OURS = "kvcomp"
+_OURS = bsr_goals.OURS
 _MAIN = (0.78, "uniform")  # sparsity and pattern of the main table
 _SIDE = 8192  # of the tables that show one size, where it was measured
 
@@ -15,7 +16,7 @@ _SIDE = 8192  # of the tables that show one size, where it was measured
 def speed_rows(found: Results) -> tuple[Row, list[Row]]:
     """Uniform blocks, 78 % empty: one row per size and block."""
     rows: list[Row] = []
-    for cell in _ours(found):
+    for cell in _ours({"cells": bsr_goals.related(found["cells"])}):
         case = cell["case"]
         if (case["sparsity"], case["pattern"]) == _MAIN:
             best = _best_rival(found, case)
@@ -41,7 +42,7 @@ def pattern_rows(found: Results) -> tuple[Row, list[Row]]:
     rows: list[Row] = []
     for (size, block, pattern), uniform in cells.items():
         others = [cells.get((size, block, other)) for other in patterns]
-        if pattern == _MAIN[1] and any(other is not None for other in others):
+        if pattern == _MAIN[1]:
             shown = [NOTHING if other is None else _against(other, uniform) for other in others]
             rows.append((f"{_size(uniform['case'])}, block {block}", f"{uniform['median_us']:.0f}", *shown))
     return ("µs (of uniform)", _MAIN[1], *patterns), rows
@@ -71,6 +72,45 @@ def rival_rows(found: Results) -> tuple[Row, list[Row]]:
         if cell["case"]["m"] == size and cell["case"]["pattern"] in ("full", "2:4")
     ]
     return (f"µs (of kvcomp's), {size}³", *(f"block {block}" for block in blocks)), rows
+
+
+def goal_rows(found: Results) -> tuple[Row, list[Row]]:
+    """What the design asks for, and what was found: one row per matrix."""
+    rows: dict[bsr_goals.Where, list[bsr_goals.Verdict]] = {}
+    for verdict in bsr_goals.verdicts(bsr_goals.related(found["cells"])):
+        rows.setdefault(verdict.where, []).append(verdict)
+    shown: list[Row] = []
+    for (size, block, sparsity, pattern), judged in rows.items():
+        said = "; ".join(f"{verdict.bound}: {_found(verdict)}" for verdict in judged)
+        shown.append((f"{size}³, block {block}, {sparsity:.0%} empty, {pattern}", said))
+    return ("", "asked: found"), shown
+
+
+def _found(verdict: bsr_goals.Verdict) -> str:
+    if verdict.found is None:
+        return "not measured"
+    return f"{verdict.found:.3g}" + ("" if verdict.met else " (missed)")
+
+
+def l2_rows(found: Results) -> tuple[Row, list[Row]]:
+    """From L2 to shared memory (scripts/l2_rate.py): one row per panel and number of blocks that a copy goes to."""
+    cells = {
+        (cell["case"]["mode"], cell["case"]["columns"], cell["case"]["multicast"]): cell for cell in found["cells"]
+    }
+    rows: list[Row] = []
+    for columns, multicast in dict.fromkeys((columns, multicast) for _, columns, multicast in cells):
+        shared, product = (cells.get((mode, columns, multicast)) for mode in ("shared", "product"))
+        panel = next(cell for cell in (shared, product) if cell is not None)["panel_bytes"]
+        bound = NOTHING if product is None else f"{product['tflops']:.0f}"
+        rows.append(
+            (f"{panel / 1e6:.1f} MB ({columns} columns)", str(multicast), *_rates(shared), *_rates(product), bound)
+        )
+    header = ("panel", "blocks that a copy goes to", "all shared: TB/s filled", "TB/s from L2")
+    return (*header, "as products do: TB/s filled", "TB/s from L2", "at most TFLOPS"), rows
+
+
+def _rates(cell: Results | None) -> Row:
+    return (NOTHING, NOTHING) if cell is None else (f"{cell['tb_per_s_filled']:.2f}", f"{cell['tb_per_s_read']:.2f}")
 
 
 def all_rows(found: Results) -> tuple[Row, list[Row]]:
@@ -108,17 +148,11 @@ def _figures(cell: Results) -> Row:
 
 
 def _goal(cell: Results) -> str:
-    """What the design asks for, and what of it is missed."""
-    goals = {
-        "target_tflops": ("useful_tflops", "{:g} TFLOPS"),
-        "target_speedup": ("speedup", "{:g}×"),
-        "target_fraction_of_dense": ("fraction_of_dense", "{:.0%} of dense"),
-    }
-    said = [
-        form.format(cell[goal]) + ("" if cell.get(name, 0) >= cell[goal] else " (missed)")
-        for goal, (name, form) in goals.items()
-        if goal in cell
-    ]
+    """What the design asks for, and what of it is missed or was not measured."""
+    said = []
+    for verdict in bsr_goals.of_cell(dict(cell)):
+        unmet = "not measured" if verdict.found is None else "missed"
+        said.append(verdict.asked + ("" if verdict.met else f" ({unmet})"))
     return ", ".join(said) or NOTHING
 
 
@@ -172,4 +206,6 @@ ROWS = {
     "bsr_sparsity": sparsity_rows,
     "bsr_patterns": pattern_rows,
     "bsr_rivals": rival_rows,
+    "bsr_goals": goal_rows,
 }
+OTHER_ROWS = {"l2_rate": l2_rows}  # of files of their own

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from ..bench import goals
+from ..bench import decode_goals, goals
 from .report import NOTHING, Results, Row
 
 _NAMES = {4096: "4k", 32768: "32k", 131072: "128k"}
@@ -171,31 +171,31 @@ def score_rows(found: Results) -> tuple[Row, list[Row]]:
 
 
 def decode_rows(found: Results) -> tuple[Row, list[Row]]:
-    """One row per cell of a results object of kind ``decode``; times faster than the best plain cache there."""
-    best: dict[tuple[Any, ...], float] = {}
-    for cell in found["cells"]:
-        if cell["impl"] != "kvcomp" and cell["case"]["k_bits"] == 16:
-            place = _decode_place(cell)
-            best[place] = min(cell["tpot_ms"], best.get(place, cell["tpot_ms"]))
+    """One row per cell of a results object of kind ``decode``, beside the best plain cache there and what is asked."""
     rows: list[Row] = []
-    for cell in found["cells"]:
-        plain = best.get(_decode_place(cell)) if cell["impl"] == "kvcomp" else None
+    for cell in decode_goals.relate(found["cells"]):
+        ttft, plain, ratio = cell.get("ttft_ratio"), cell.get("times_plain"), cell.get("kv_ratio")
         rows.append((
             _decode_name(cell),
             f"B{cell['case']['b']}/{_length(cell['case']['s'])}",
             str(cell["case"]["k_bits"]),
-            f"{cell['ttft_ms']:.0f} ms",
-            f"{cell['tpot_ms']:.2f} ms",
-            NOTHING if plain is None else f"{plain / cell['tpot_ms']:.2f}×",
+            f"{cell['ttft_ms']:.0f} ms" + ("" if ttft is None else f", {ttft:.3f}×{_asked(cell, 'target_ttft_ratio')}"),
+            f"{cell['tpot_ms']:.2f} ms{_asked(cell, 'target_tpot_ms')}",
+            NOTHING if plain is None else f"{plain:.2f}×{_asked(cell, 'target_times_plain')}",
             f"{cell['tokens_per_s']:.0f}",
-            f"{cell['kv_bytes'] / 1e9:.2f} GB" + (f" (1/{ratio:.2f})" if (ratio := cell.get("kv_ratio")) else ""),
+            f"{cell['kv_bytes'] / 1e9:.2f} GB" + (f", 1/{ratio:.2f}{_asked(cell, 'target_kv_ratio')}" if ratio else ""),
             NOTHING if cell.get("peak_bytes") is None else f"{cell['peak_bytes'] / 1e9:.1f} GB",
         ))  # fmt: skip
     for name, reason in found.get("not_measured", {}).items():
         rows.append((name, *[NOTHING] * 7, "out of memory" if reason.startswith("out of memory") else "not run"))
-    header = ("cache", "", "bits", "first token", "a token", "faster than the best plain", "tokens/s",
-              "KV cache (of bf16)", "peak memory")  # fmt: skip
+    header = ("cache", "", "bits", "first token, over the fastest plain", "a token", "faster than the best plain",
+              "tokens/s", "KV cache, of bf16", "peak memory")  # fmt: skip
     return header, rows
+
+
+def _asked(cell: Results, target: str) -> str:
+    said = goals.verdict(cell, only=target)
+    return f" ({said})" if said else ""
 
 
 def share_rows(found: Results) -> tuple[Row, list[Row]]:
@@ -218,10 +218,6 @@ def share_rows(found: Results) -> tuple[Row, list[Row]]:
 def _decode_name(cell: Results) -> str:
     bits = cell["case"].get("w_bits", 16)
     return str(cell["impl"]) + ("" if bits == 16 else f", {bits}-bit weights")
-
-
-def _decode_place(cell: Results) -> tuple[Any, ...]:
-    return tuple(cell["case"].get(name) for name in ("model", "b", "s"))
 
 
 def _by_width(

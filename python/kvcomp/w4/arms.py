@@ -28,6 +28,12 @@ def why_not(arm: Arm) -> str | None:
     return None
 
 
+def why_refused(arm: Arm, device: torch.device) -> str | None:
+    """Why a configuration cannot run on this device: C1 where torch does not multiply FP8. None: it can."""
+    reason = why_no_fp8(device) if arm.mode in ("fp8", "fp8_te") else None
+    return None if reason is None else f"fp8: expected a GPU whose torch multiplies FP8 by rows, got none: {reason}"
+
+
 def load(path: str | None, dtype: str, device: torch.device) -> tuple[Any, str]:
     """A model in 16 bits, and its name in results; None: the shipped one. ValueError for what is no such model."""
     found = str(places.shipped(places.MODEL, "--model")) if path is None else path
@@ -70,29 +76,25 @@ def prepare(model: Any, arm: Arm) -> dict[str, Any]:
 
 
 def _replace(model: Any, arm: Arm) -> tuple[int, float]:
-    device = next(model.parameters()).device
-    if arm.mode in ("fp8", "fp8_te"):
-        reason = why_no_fp8(device)
-        if reason is not None:
-            raise NotImplementedError(f"fp8: expected a GPU whose torch multiplies FP8 by rows, got none: {reason}")
-    elif why_not(arm) is not None:
-        raise NotImplementedError(str(why_not(arm)))
+    reason = why_not(arm) or why_refused(arm, next(model.parameters()).device)
+    if reason is not None:
+        raise NotImplementedError(reason)
     names = find_linears(model, arm.quant_target)
     nbytes = elements = 0
     for name in names:
         linear = linear_at(model, name)
         elements += linear.weight.numel()
-        made = Fp8Linear.from_linear(linear) if arm.mode.startswith("fp8") else _nf4(linear, arm)
-        nbytes += sum(part.nbytes for part in _held(made))
+        double = arm.mode == "w4a16_bnb_dq"
+        made = Fp8Linear.from_linear(linear) if arm.mode.startswith("fp8") else nf4(linear, double=double)
+        nbytes += sum(part.nbytes for part in held(made))
         replace_module(model, name, made)
     return len(names), 8 * nbytes / elements
 
 
-def _nf4(linear: torch.nn.Linear, arm: Arm) -> torch.nn.Module:
-    """bitsandbytes' NF4 in blocks of 64; C6's scales are quantized again, C2's are not."""
+def nf4(linear: torch.nn.Linear, *, double: bool) -> torch.nn.Module:
+    """bitsandbytes' NF4 in blocks of 64. double: scales are quantized again (C6's are, C2's are not)."""
     import bitsandbytes as bnb  # type: ignore[import-not-found,unused-ignore]
 
-    double = arm.mode == "w4a16_bnb_dq"
     made: Any = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype,
         compress_statistics=double, quant_type="nf4",
@@ -106,7 +108,7 @@ def _nf4(linear: torch.nn.Linear, arm: Arm) -> torch.nn.Module:
     return module
 
 
-def _held(module: Any) -> list[torch.Tensor]:
+def held(module: Any) -> list[torch.Tensor]:
     """The tensors that stand for a quantized layer's weight: all but its bias, bitsandbytes' scales among them."""
     parts = [part for name, part in (*module.named_parameters(), *module.named_buffers()) if name != "bias"]
     return parts + hung_scales(module)

@@ -5,25 +5,26 @@
 3. Quality falls with the mantissa bits of C5.
 4. C3 and C4 are at least as fast as C2.
 
+Times are those of whole models' tokens (tables of the offline bench) and of linear layers alone (``kvcomp bench w4``).
 What was not measured is said so. A claim holds, or does not, where the whole 95 % interval of a ratio says so: of two
-mean times over repeats, of two perplexities over the same windows of text. Where there is no second repeat or window,
-the ratio does.
+times over repeats or samples, of two perplexities over the same windows of text. Where there is no second repeat or
+window, the ratio does.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from .. import results
-from ..bench.offline_table import half_interval
+from ..bench.offline_table import half_interval, read_aggregated
 
 BAD_INPUT = 2
 SAME_SPEED = 0.02  # what two times may differ by and still be called the same
@@ -31,41 +32,82 @@ SAME_PERPLEXITY = 0.01
 Row = Mapping[str, str]
 
 
-def answer(table: Sequence[Row] | None, quality: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """{claim, holds (True, False, or None: not decided), figures, why} for each."""
+def answer(
+    tables: Sequence[Sequence[Row]], quality: Mapping[str, Any] | None, products: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """{claim, holds (True, False, or None: not decided), figures, why} for each; of aggregated tables of the offline
+    bench, and of results objects of kinds ``w4_quality`` and ``w4``."""
+    times = [one for table in tables for one in _tokens(table)] + [one for found in products for one in _layers(found)]
     return [
-        _speed("C3 and C4 are equally fast", table, ("C4",), "C3", exact=True),
+        _speed("C3 and C4 are equally fast", times, ("C4",), "C3", exact=True),
         _quality(quality),
         _falls(quality),
-        _speed("C3 and C4 are at least as fast as C2", table, ("C3", "C4"), "C2", exact=False),
+        _speed("C3 and C4 are at least as fast as C2", times, ("C3", "C4"), "C2", exact=False),
     ]
 
 
-def _speed(claim: str, table: Sequence[Row] | None, ours: Sequence[str], other: str, *, exact: bool) -> dict[str, Any]:
-    """Times per token (the median of an answer's) of ``ours`` over ``other``'s, cell by cell; exact: the same, else at
-    most that."""
-    cells = {(r["config_id"], (r["model"], r["prompt_len"], r["output_len"])): r for r in table or ()}
+@dataclass(frozen=True)
+class _Time:
+    """Of one configuration in one case. ``half``: of the 95 % interval of its mean, 0 for a single value."""
+
+    config_id: str
+    what: str
+    place: str
+    case: str
+    unit: str
+    value: float
+    half: float
+
+
+def _tokens(table: Sequence[Row]) -> Iterator[_Time]:
+    """Times per token (the median of an answer's), means over repeats."""
+    for row in table:
+        if row["tpot_p50_ms_mean"]:
+            place = ", ".join(part for part in (row["model"], row["processor"], _cache(row)) if part)
+            case = f"{row['prompt_len']} in, {row['output_len']} out"
+            half = float(row["tpot_p50_ms_ci95"] or 0)
+            yield _Time(row["config_id"], "time per token", place, case, "ms", float(row["tpot_p50_ms_mean"]), half)
+
+
+def _cache(row: Row) -> str:
+    return "" if row["kv_cache_dtype"] == "auto" else f"cache {row['kv_cache_dtype']}"
+
+
+def _layers(found: Mapping[str, Any]) -> Iterator[_Time]:
+    """Times of linear layers in the formats of C2, C3 and C4."""
+    formats = {("kvcomp", -1): "C3", ("kvcomp", 5): "C4", ("bitsandbytes NF4", None): "C2"}
+    place = found["machine"]["gpu"] or found["machine"]["cpu"]
+    for cell in found["cells"]:
+        case = cell["case"]
+        name = formats.get((cell["impl"], case.get("scale_mbits")))
+        if name is not None and (name == "C2" or case["group"] == 128):
+            shape = f"{case['n']}x{case['k']}, {case['m']} rows, {case['dtype']}"
+            half = half_interval(stdev(cell["samples_us"]), len(cell["samples_us"]))
+            yield _Time(name, "linear layers' time", place, shape, "us", cell["median_us"], half)
+
+
+def _speed(claim: str, times: Sequence[_Time], ours: Sequence[str], other: str, *, exact: bool) -> dict[str, Any]:
+    """Times of ``ours`` over ``other``'s, case by case; exact: the same, else at most that."""
+    beside = {(one.what, one.place, one.case): one for one in times if one.config_id == other}
     found: list[dict[str, Any]] = []
-    for (name, case), row in cells.items():
-        beside = cells.get((other, case))
-        if name not in ours or beside is None or not row["tpot_p50_ms_mean"] or not beside["tpot_p50_ms_mean"]:
-            continue
-        mine, theirs = float(row["tpot_p50_ms_mean"]), float(beside["tpot_p50_ms_mean"])
-        halves = [float(r["tpot_p50_ms_ci95"]) if r["tpot_p50_ms_ci95"] else 0.0 for r in (row, beside)]
-        found.append(
-            {"config_id": name, "model": case[0], "prompt_len": int(case[1]), "output_len": int(case[2]),
-             "tpot_p50_ms": mine, f"tpot_p50_ms_{other}": theirs, "ratio": mine / theirs,
-             "ratio_ci95": math.hypot(*halves) / theirs}
-        )  # fmt: skip
+    for one in times:
+        theirs = beside.get((one.what, one.place, one.case))
+        if one.config_id in ours and theirs is not None:
+            ratio = one.value / theirs.value
+            half = ratio * math.hypot(one.half / one.value, theirs.half / theirs.value)
+            found.append(
+                {"config_id": one.config_id, "over": other, "what": one.what, "place": one.place, "case": one.case,
+                 f"ours_{one.unit}": one.value, f"theirs_{one.unit}": theirs.value, "ratio": ratio, "ratio_ci95": half}
+            )  # fmt: skip
     if not found:
         return {"claim": claim, "holds": None, "figures": [], "why": f"no times of {' and '.join(ours)} beside {other}"}
     gaps = [(abs(one["ratio"] - 1) if exact else one["ratio"] - 1, one["ratio_ci95"]) for one in found]
-    if any(gap - half > SAME_SPEED for gap, half in gaps):
-        return {"claim": claim, "holds": False, "figures": found, "why": None}
-    if any(gap + half > SAME_SPEED for gap, half in gaps):
-        why = f"the repeats differ by too much to tell {100 * SAME_SPEED:g} %"
-        return {"claim": claim, "holds": None, "figures": found, "why": why}
-    return {"claim": claim, "holds": True, "figures": found, "why": None}
+    beyond = sum(gap - half > SAME_SPEED for gap, half in gaps)
+    unclear = sum(gap - half <= SAME_SPEED < gap + half for gap, half in gaps)
+    holds = False if beyond else None if unclear else True
+    said = [f"{beyond} of {len(gaps)} cells are more than {100 * SAME_SPEED:g} % {'apart' if exact else 'slower'}"]
+    said += [f"{unclear} of {len(gaps)} cells vary by too much to tell {100 * SAME_SPEED:g} %"] if unclear else []
+    return {"claim": claim, "holds": holds, "figures": found, "why": None if holds else "; ".join(said[not beyond :])}
 
 
 def _quality(found: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -122,20 +164,22 @@ def _perplexities(found: Mapping[str, Any], name: str, other: str) -> tuple[floa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="w4_claims.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--agg_csv", type=Path, help="table of scripts/aggregate_results.py")
+    parser.add_argument("--agg_csv", type=Path, nargs="+", default=[], help="tables of scripts/aggregate_results.py")
+    parser.add_argument("--bench_json", type=Path, nargs="+", default=[], help="results of kvcomp bench w4")
     parser.add_argument("--quality_json", type=Path, help="results of scripts/w4_quality.py")
     parser.add_argument("--output", type=Path, help="write the answers here, as JSON")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     try:
-        if options.agg_csv is None and options.quality_json is None:
-            raise ValueError("expected --agg_csv, --quality_json or both, got neither")
+        if not options.agg_csv and not options.bench_json and options.quality_json is None:
+            raise ValueError("expected --agg_csv, --bench_json or --quality_json, got none of them")
         if options.output is not None:
             results.check_writable(options.output, "--output")
-        table = None if options.agg_csv is None else read_table(options.agg_csv)
+        tables = [read_aggregated(path) for path in options.agg_csv]
+        products = [results.read(path, kind="w4") for path in options.bench_json]
         quality = None if options.quality_json is None else results.read(options.quality_json, kind="w4_quality")
         found = results.new("w4_claims", command=" ".join(["python scripts/w4_claims.py", *given]))
-        found["claims"] = answer(table, quality)
+        found["claims"] = answer(tables, quality, products)
         if options.output is not None:
             results.write(options.output, found)
     except (ValueError, OSError) as reason:
@@ -147,14 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for figure in one["figures"]:
             print("   " + ", ".join(f"{name} {_short(value)}" for name, value in figure.items()))
     return 0
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"tpot_p50_ms_mean", "tpot_p50_ms_ci95", "config_id", "model"} <= set(rows[0]):
-        raise ValueError(f"--agg_csv: expected a table of aggregate_results.py, got {path}")
-    return rows
 
 
 def _short(value: Any) -> str:

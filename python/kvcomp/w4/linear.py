@@ -89,11 +89,15 @@ class SharedScaleLinear(torch.nn.Module):
         return found.to(self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"SharedScaleLinear: x: expected (..., {self.in_features}), got {tuple(x.shape)}")
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast and x.is_floating_point() and x.dtype != torch.float64:  # as nn.Linear does
+            x = x.to(torch.get_autocast_dtype(kind))
         # Compiled code and traces see the operation; a plain call does not go through torch's dispatcher.
         plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        call = library.linear if plain and x.device.type in ("cpu", "cuda") else torch.ops.kvcomp.w4_linear
+        call = library.linear if plain and kind in ("cpu", "cuda") else torch.ops.kvcomp.w4_linear
         if plain and x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
                 "SharedScaleLinear: x: expected one without gradients, got one that requires them"

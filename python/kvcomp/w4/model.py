@@ -48,16 +48,18 @@ class W4Report:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.weights
+        """0 of no layers."""
+        return 8 * self.nbytes / max(self.weights, 1)
 
 
 def find_linears(model: torch.nn.Module, target: str = "mlp", skip: Sequence[str] = ()) -> list[str]:
     """Names of the nn.Linear layers of a model's repeated blocks, in its order: "all" of them, or those of "mlp", which
     are the ones outside attention modules; by where they are and not by their own names, so that fused projections
     (qkv_proj, gate_up_proj) are found as others are. Embeddings and the output layer are not in blocks. Left out are
-    routers of experts; subclasses of nn.Linear, whose own forward would be lost; layers whose ``weight`` a module above
-    them reads itself (T5's wo, those of nn.TransformerEncoderLayer), which packed bytes cannot stand for; what
-    transformers keeps in fp32; and what has a name, or a part of its path, in ``skip``.
+    routers of experts; experts, where all are one parameter of three dimensions; subclasses of nn.Linear, whose own
+    forward would be lost; layers whose ``weight`` a module above them reads itself (T5's wo, those of
+    nn.TransformerEncoderLayer), which packed bytes cannot stand for; what transformers keeps in fp32; and what has a
+    name, or a part of its path, in ``skip``.
 
     ValueError where there are none."""
     if target not in TARGETS:
@@ -120,7 +122,8 @@ def quantize_model(
     other, where they are. A transformers model is then one that save_pretrained and from_pretrained know.
 
     ValueError for formats that do not exist, models without such layers and models that are quantized already (their
-    configuration has room for one format); weights that are not finite are found before anything is replaced."""
+    configuration has room for one format); weights that are not finite, or not there (device meta), are found before
+    anything is replaced."""
     weights.check_format("quantize_model", group_size, scale_mbits, rounding)
     held = len(report(model).layers)
     if held or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
@@ -130,7 +133,10 @@ def quantize_model(
         )
     names = find_linears(model, target, skip)
     for name in names:
-        if not bool(linear_at(model, name).weight.isfinite().all()):
+        weight = linear_at(model, name).weight
+        if weight.is_meta:
+            raise ValueError(f"quantize_model: {name}: expected weights that are loaded, got none (device meta)")
+        if not bool(weight.isfinite().all()):
             raise ValueError(f"quantize_model: {name}: expected finite weights, got NaN or Inf")
     for name in names:
         layer = SharedScaleLinear.from_linear(linear_at(model, name), group_size, scale_mbits, rounding=rounding)
@@ -161,8 +167,12 @@ def linear_at(model: torch.nn.Module, name: str) -> torch.nn.Linear:
 
 
 def replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    """Wherever the module of this name is: a model may have one in several places."""
+    former = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for last, child in list(parent._modules.items()):
+            if child is former:
+                setattr(parent, last, module)
 
 
 def model_bytes(model: torch.nn.Module) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _C, results
-from .claims import read_table
+from ..bench.offline_table import read_aggregated
 from .weights import check_format
 
 BAD_INPUT = 2
@@ -113,7 +113,7 @@ def _scatter(axes: Any, points: Sequence[Point], label: str) -> None:
 
 def _times(path: Path) -> dict[str, float]:
     """Mean time per token of every configuration, over its cells."""
-    rows = read_table(path)
+    rows = read_aggregated(path)
     found: dict[str, list[float]] = {}
     for row in rows:
         if row["tpot_p50_ms_mean"]:

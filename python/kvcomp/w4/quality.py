@@ -135,7 +135,7 @@ def measure(
     """A results object, and the units it is made of, to be finished when it has been written: for every configuration a
     cell of text and a cell of every family; ``acceptance``: by what is judged; ``configs``: averages, drops relative to
     the reference configuration, and whether the target is met. The reference runs first, asked for or not. A
-    configuration that needs a package that is missing is in ``skipped``. ``Interrupted`` on Ctrl-C."""
+    configuration that cannot run here is in ``skipped``, with the reason. ``Interrupted`` on Ctrl-C."""
     aims = loaded.metrics.quality
     if aims.harness != "kvcomp":
         raise NotImplementedError(f"metrics.quality.harness: expected kvcomp, got {aims.harness}")
@@ -157,7 +157,7 @@ def measure(
 
     try:
         for arm in wanted:
-            reason = arms.why_not(arm)
+            reason = arms.why_not(arm) or arms.why_refused(arm, torch.device("cpu"))
             if reason is not None:
                 found["skipped"][arm.config_id] = reason
                 tell(f"{arm.config_id} is skipped: {reason}")

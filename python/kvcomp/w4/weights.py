@@ -22,7 +22,7 @@ EXACT = -1
 Rounding = Literal["floor", "nearest", "search"]
 ROUNDINGS: dict[str, int] = {"floor": 0, "nearest": 1, "search": 2}
 _LEVELS = 7  # of the largest weight of a group
-_LEAST = 1e-12
+_TINY = 1e-200  # in the place of 0, where it divides; squares of float32 are larger
 
 
 def check_format(op: str, group_size: int, scale_mbits: int, rounding: str) -> None:
@@ -115,16 +115,18 @@ def dequantize_weights(packed: torch.Tensor, scales: torch.Tensor, group_size: i
 
 def quant_error(w: torch.Tensor, w_hat: torch.Tensor, group_size: int) -> dict[str, float]:
     """{rel_mse, max_rel_mse, cosine_sim} of w_hat against w (out, in) each: mean, largest and mean over groups. A group
-    that is zero and stays it counts as exact."""
+    that is zero and stays it counts as exact. ValueError for matrices without elements."""
     _check_matrix("quant_error", "w", w)
     if not isinstance(w_hat, torch.Tensor) or w_hat.shape != w.shape:
         raise ValueError(f"quant_error: w_hat: expected the shape of w, {tuple(w.shape)}, got {_kind(w_hat)}")
     _check_groups("quant_error", w.shape[1], group_size)
+    if w.numel() == 0:
+        raise ValueError(f"quant_error: w: expected one element or more, got {_kind(w)}")
     exact, near = (part.detach().double().reshape(-1, group_size) for part in (w, w_hat))
     square = (exact - near).square().mean(-1)
-    relative = square / exact.square().mean(-1).clamp(min=_LEAST)
+    relative = square / exact.square().mean(-1).clamp(min=_TINY)
     norms = exact.norm(dim=-1) * near.norm(dim=-1)
-    cosine = torch.where(norms > 0, (exact * near).sum(-1) / norms.clamp(min=1e-300), (square == 0).double())
+    cosine = torch.where(norms > 0, (exact * near).sum(-1) / norms.clamp(min=_TINY), (square == 0).double())
     return {
         "rel_mse": float(relative.mean()),
         "max_rel_mse": float(relative.max()),
@@ -135,6 +137,8 @@ def quant_error(w: torch.Tensor, w_hat: torch.Tensor, group_size: int) -> dict[s
 def pack(weights: torch.Tensor, group_size: int, scale_mbits: int, rounding: str) -> tuple[torch.Tensor, int]:
     """weights (n, k) of float dtype, on any device -> what a layer holds, on the CPU: packed bytes, the exponent."""
     n, k = weights.shape
+    if weights.is_meta:
+        raise ValueError("w4_pack: weights: expected ones that are loaded, got none (device meta)")
     given = weights.detach().cpu()
     if given.stride(-1) != 1:
         given = given.contiguous()
