@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from ..policy import Policy
+from . import loop
 from .attention import register, set_implementation
 from .cache import Cache
 from .graph import Compile, Steps
@@ -62,6 +63,8 @@ class Compressing:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("past_key_values") is None and self._generate_caches(args, kwargs):
                 kwargs["past_key_values"] = self._fresh()
+            if self._graphs and _kind_of(model) == "cuda" and len(args) <= 1 and loop.takes(model, kwargs):
+                kwargs["custom_generate"] = loop.decode
             return plain(*args, **kwargs)
 
         @functools.wraps(forward)
@@ -124,6 +127,10 @@ class Compressing:
             else:
                 kwargs = kwargs | {"past_key_values": self._fresh()}
         return args, kwargs
+
+
+def _kind_of(model: Any) -> str:
+    return str(model.device.type)
 
 
 def _marking(make: Any) -> Any:

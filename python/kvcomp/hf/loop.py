@@ -1,0 +1,127 @@
+"""generate's loop over new tokens for one answer a prompt, greedy or sampled, inside kvcomp.compress on a GPU.
+
+What it computes is what transformers' `_sample` computes, in the same order. transformers waits for the GPU after every
+token to learn whether all sequences have ended, and prepares the next step while the GPU has nothing to do. Here the
+next step is prepared while the GPU is still at this one: the answer is waited for right before the forward pass, so
+that no pass runs that transformers would not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+
+# Of generate: what another loop than this one takes, or what makes it another. Left out, None or False: this one.
+_OTHERS = (
+    "assistant_model", "assistant_early_exit", "assistant_tokenizer", "constraints", "custom_generate", "dola_layers",
+    "force_words_ids", "negative_prompt_ids", "output_attentions", "output_hidden_states", "penalty_alpha",
+    "prompt_lookup_num_tokens", "streamer", "synced_gpus",
+)  # fmt: skip
+_BEAMS = ("num_beams", "num_beam_groups")
+_PARTS = ("_prefill", "_optimize_model_for_decode", "_update_model_kwargs_for_generation")
+
+
+def takes(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a generate call with these arguments is for `decode`: one answer a prompt, nothing streamed, no other
+    way of decoding asked for by the call, its configuration or the model's."""
+    if not all(hasattr(model, name) for name in _PARTS) or model.config.is_encoder_decoder:
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # ranks may have to go on together
+        return False
+    settings = (given.get("generation_config"), getattr(model, "generation_config", None))
+    for name in _OTHERS:
+        if given.get(name) or any(getattr(part, name, None) for part in settings):
+            return False
+    for name in _BEAMS:
+        said = [given.get(name), *(getattr(part, name, None) for part in settings)]
+        if next((count for count in said if count is not None), 1) != 1:
+            return False
+    return True
+
+
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """generate's ``custom_generate``, for calls that `takes` allows: the arguments and the result of `_sample`."""
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or synced_gpus or streamer is not None:
+        raise NotImplementedError(f"generate: expected one answer a prompt, greedy or sampled, got {mode.value}")
+    return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+
+class _Flag:
+    """A boolean on its way from a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.zeros((), dtype=torch.bool, pin_memory=True) if device.type == "cuda" else None
+
+    def send(self, flag: torch.Tensor) -> None:
+        if self._host is None:
+            self._there = flag
+            return
+        self._host.copy_(flag, non_blocking=True)
+        self._sent = torch.cuda.Event()
+        self._sent.record(torch.cuda.current_stream(flag.device))
+
+    def wait(self) -> bool:
+        if self._host is None:
+            return bool(self._there)
+        self._sent.synchronize()
+        return bool(self._host)
+
+
+def _decode(
+    model: Any,
+    ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    config: Any,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    returns = config.return_dict_in_generate
+    scores: tuple[torch.Tensor, ...] | None = () if returns and config.output_scores else None
+    raw: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = config._pad_token_tensor
+    pad = None if pad is None else pad.to(ids.device)
+    unfinished, ended = torch.ones(len(ids), dtype=torch.long, device=ids.device), _Flag(ids.device)
+    outputs = model._prefill(ids, config, model_kwargs, is_first_iteration=True)
+    with model._optimize_model_for_decode():
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+            del outputs  # a prompt's logits may be large
+            processed = logits_processor(ids, logits)
+            if scores is not None:
+                scores += (processed,)
+            if raw is not None:
+                raw += (logits,)
+            if config.do_sample:
+                tokens = torch.multinomial(torch.nn.functional.softmax(processed, dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = torch.argmax(processed, dim=-1)
+            if pads:
+                tokens = tokens * unfinished + pad * (1 - unfinished)
+            ids = torch.cat([ids, tokens[:, None]], dim=-1)
+            unfinished = unfinished & ~stopping_criteria(ids, scores)
+            ended.send(unfinished.max() == 0)
+            inputs = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+            )
+            if ended.wait():
+                break
+            outputs = model(**inputs, return_dict=True)
+    if not returns:
+        return ids
+    cache = model_kwargs.get("past_key_values")
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw, past_key_values=cache)
