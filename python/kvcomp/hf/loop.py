@@ -70,7 +70,7 @@ class _Flag:
             self._there = flag
             return
         self._host.copy_(flag, non_blocking=True)
-        self._sent = torch.cuda.Event()
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._sent.record(torch.cuda.current_stream(flag.device))
 
     def wait(self) -> bool:
@@ -92,7 +92,7 @@ def _decode(
     scores: tuple[torch.Tensor, ...] | None = () if returns and config.output_scores else None
     raw: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    pad = config._pad_token_tensor
+    pad: Any = config._pad_token_tensor
     pad = None if pad is None else pad.to(ids.device)
     unfinished, ended = torch.ones(len(ids), dtype=torch.long, device=ids.device), _Flag(ids.device)
     outputs = model._prefill(ids, config, model_kwargs, is_first_iteration=True)
