@@ -224,7 +224,7 @@ def test_summaries_and_their_table(out: Path, tmp_path: Path, capsys: pytest.Cap
     assert shown[0][3] == "-" and shown[1][3].count(" / ") == 1
     other = [row | {"model": "m", "quant_mode": "w4a16_bnb"} for row in offline_table.read_aggregated(table)]
     _, both = tables_w4.offline_rows({"rows": [*other, *offline_table.read_aggregated(table)]})
-    assert [row[0] for row in both] == ["C4: NF4 (m)"] * 2 + ["C4: E5M5 of 128, mlp (tiny-base)"] * 2
+    assert [row[0] for row in both] == ["C4: NF4, mlp (m)"] * 2 + ["C4: E5M5 of 128, mlp (tiny-base)"] * 2
     with pytest.raises(ValueError, match=r"expected a table of aggregate_results\.py, got another file"):
         offline_table.read_aggregated(flat)
     # Aggregated rows are never taken for repeats.

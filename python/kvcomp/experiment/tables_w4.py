@@ -9,7 +9,7 @@ from ..bench import w4_goals
 from .report import NOTHING, Results, Row
 
 _SHOWN = (128, 5)  # group and mantissa bits of the main table
-_MODES = {"none": "16 bit", "w4a16_bnb": "NF4", "w4a16_bnb_dq": "NF4, scales quantized, too"}
+_MODES = {"none": "16 bit", "w4a16_bnb": "NF4", "w4a16_bnb_dq": "NF4, scales in 8 bits"}
 _ROUNDED = {"nearest": "", "floor": ", floor", "search": ", searched"}
 _RIVALS = ("torch int4", "Humming int4", "bitsandbytes NF4")
 _SWEPT = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)  # rows of the sweep that are shown
@@ -171,10 +171,10 @@ def _means(rows: list[Results], name: str, digits: int) -> str:
 def _described(case: Results) -> str:
     """A format in words."""
     mode = case.get("mode") or case.get("quant_mode", "w4_shared_scale")
-    if mode != "w4_shared_scale":
-        return _MODES.get(mode, str(mode))
-    scales = "exact" if case["scale_mbits"] < 0 else f"E5M{case['scale_mbits']}"
     target = f", {case['quant_target']}" if "quant_target" in case else ""
+    if mode != "w4_shared_scale":
+        return _MODES.get(mode, str(mode)) + (target if mode != "none" else "")
+    scales = "exact" if case["scale_mbits"] < 0 else f"E5M{case['scale_mbits']}"
     return f"{scales} of {case['group_size'] if 'group_size' in case else case['group']}" + (
         _ROUNDED[case.get("rounding", "nearest")] + target
     )
