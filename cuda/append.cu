@@ -126,25 +126,27 @@ __device__ near_pages load_near(const append_job &a, int64_t i, const state &s) 
             top >= 0 ? a.pool_tail[i * a.tail_room + top] : 0};
 }
 
-/* The tail's first 64 tokens become a page. No barrier at the end. */
+/* The tail's first 64 tokens become a page. Gives what load_near would now; no barrier at the end. */
 template <int TILES, int EACH>
-__device__ void flush(const append_job &a, int64_t i, state &s, near_pages &near, uint32_t *stage, float *noise) {
+__device__ near_pages flush(const append_job &a, int64_t i, state &s, uint32_t *stage, float *noise) {
     kvc_page *tail = a.table + i * a.capacity + s.list.tail_page;
-    const int value = threadIdx.y, k_bytes = a.rows.half_bytes[s.k_bits];
+    int value = threadIdx.y, bits = value ? s.v_bits : s.k_bits;
+    /* What follows from these would else be made before the first flush, and kept in registers. */
+    asm volatile("" : "+r"(value), "+r"(bits));
     const uint32_t unit = a.pool_packed[i * a.packed_room + s.left_packed - 1];
     job it;
     it.page = entry_of(unit, s.k_bits, s.v_bits, KVC_PAGE_TOKENS);
     it.list = (int)i;
     it.value = value;
-    it.bits = value ? s.v_bits : s.k_bits;
+    it.bits = bits;
     it.page_tokens = KVC_PAGE_TOKENS;
-    it.words = (uint32_t *)(page_of(a.rows, unit) + (value ? k_bytes : 0));
-    it.scales = (uint8_t *)it.words + KVC_PAGE_TOKENS / 8 * a.rows.layout.head_dim * it.bits;
+    it.words = (uint32_t *)(page_of(a.rows, unit) + (value ? a.rows.half_bytes[s.k_bits] : 0));
+    it.scales = (uint8_t *)it.words + KVC_PAGE_TOKENS / 8 * a.rows.layout.head_dim * bits;
     stage += value * KVC_PAGE_TOKENS * TILES * KVC_TILE / sizeof *stage;
     read_half<TILES, EACH>(a.rows, it, tail, s.list.tokens - s.list.tail_tokens, stage, noise);
     const int thread = flat_thread(), moved = s.tail_pages() - TAIL_PAGES;
     const uint32_t freed = tail[min(thread, TAIL_PAGES - 1)].unit;
-    near.top = tail[TAIL_PAGES - 1].unit;
+    const near_pages near = {tail[s.tail_pages() - 1].unit, tail[TAIL_PAGES - 1].unit};
     kvc_page page;
     if (thread < moved) page = tail[TAIL_PAGES + thread];
     __syncthreads(); /* all have read what they do of the old tail and its pages */
@@ -163,6 +165,7 @@ __device__ void flush(const append_job &a, int64_t i, state &s, near_pages &near
     s.list.pages -= TAIL_PAGES - 1;
     s.list.tail_page++;
     s.list.tail_tokens -= KVC_PAGE_TOKENS;
+    return near;
 }
 
 /* `count` new rows from row `first` on, none of which has to wait for a flush. */
@@ -244,20 +247,22 @@ template <int TILES, int EACH> __device__ void append_any(const append_job &a, u
     const int64_t i = list_of(a, blockIdx.x);
     state s = load_state(a, i, blockIdx.x, ((const int4 *)a.lists)[i]);
     if (!sound(a, i, s)) return;
-    near_pages near = load_near(a, i, s);
     for (int done = 0; done < s.valid;) {
+        near_pages near;
         if (s.flushes(a.window)) {
-            flush<TILES, EACH>(a, i, s, near, stage, noise + flat_thread() / 32 * NOISE);
-            if (s.flushes(a.window)) __syncthreads();
-            continue;
+            near = flush<TILES, EACH>(a, i, s, stage, noise + flat_thread() / 32 * NOISE);
+            if (s.flushes(a.window)) {
+                __syncthreads();
+                continue;
+            }
+        } else {
+            near = load_near(a, i, s);
         }
         const int until = s.packs() ? a.window + KVC_PAGE_TOKENS - s.list.tail_tokens : s.valid;
         const int count = min(s.valid - done, until);
         add_rows<TILES>(a, i, s, near, a.q - s.valid + done, count);
         done += count;
-        if (done == s.valid) break;
-        __syncthreads();
-        near = load_near(a, i, s);
+        if (done < s.valid) __syncthreads();
     }
     write_state(a, i, s);
 }
