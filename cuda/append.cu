@@ -74,6 +74,12 @@ __device__ kvc_page entry_of(uint32_t unit, int k_bits, int v_bits, int tokens) 
     return {unit, (uint8_t)k_bits, (uint8_t)v_bits, (uint8_t)tokens, 0};
 }
 
+/* What is looked at together: entry k of the tail, and units k places below the stacks' tops. */
+struct found {
+    uint2 page; /* as kvc_page */
+    uint32_t fresh, packed;
+};
+
 /* As the CPU's checks: everything that appending `valid` tokens reads and writes is there. One barrier: behind it, all
  * threads have read the state. */
 __device__ bool sound(const append_job &a, int64_t i, const state &s) {
@@ -81,49 +87,73 @@ __device__ bool sound(const append_job &a, int64_t i, const state &s) {
                 a.rows.half_bytes[s.v_bits] && s.valid >= 0 && s.valid <= a.q &&
                 kvc_append_state_ok(&s.list, a.capacity, s.valid) && s.left_tail >= 0 && s.left_packed >= 0 &&
                 s.left_packed <= a.packed_room && s.left_tail + (int64_t)s.tail_pages() <= a.tail_room;
+    const int pages = fine ? s.tail_pages() : 0;
+    const auto find = [&](int k) {
+        found out = {{0, 0}, 0, 0};
+        if (k < pages) out.page = ((const uint2 *)a.table)[i * a.capacity + s.list.tail_page + k];
+        if (fine && k < s.left_tail) out.fresh = a.pool_tail[i * a.tail_room + s.left_tail - 1 - k];
+        if (fine && k < s.left_packed) out.packed = a.pool_packed[i * a.packed_room + s.left_packed - 1 - k];
+        return out;
+    };
+    int k = flat_thread(), peak = 0, flushes = 0;
+    found at = find(k); /* asked for before it is known how much of it counts */
     if (fine) {
-        int peak, flushes;
         kvc_append_need(s.list.tail_tokens, s.valid, a.window, s.packs(), &peak, &flushes);
         fine = peak <= s.left_tail && flushes <= s.left_packed && s.list.pages + (int64_t)peak + flushes <= a.capacity;
-        if (fine) {
-            const kvc_page *tail = a.table + i * a.capacity + s.list.tail_page;
-            for (int k = flat_thread(); k < s.tail_pages(); k += 2 * THREADS) {
-                const kvc_page page = tail[k];
-                const int expected =
-                    k + 1 < s.tail_pages() ? KVC_TAIL_TOKENS : (s.list.tail_tokens - 1) % KVC_TAIL_TOKENS + 1;
-                fine &= page.k_bits == 16 && page.v_bits == 16 && page.tokens == expected &&
-                        inside(a.rows, page.unit, a.tail_bytes);
-            }
-            const uint32_t *stack = a.pool_tail + i * a.tail_room + s.left_tail;
-            for (int k = flat_thread(); k < peak; k += 2 * THREADS) fine &= inside(a.rows, stack[-1 - k], a.tail_bytes);
-            stack = a.pool_packed + i * a.packed_room + s.left_packed;
-            const int bytes = (a.rows.half_bytes[s.k_bits] + a.rows.half_bytes[s.v_bits] + KVC_UNIT - 1) & -KVC_UNIT;
-            for (int k = flat_thread(); k < flushes; k += 2 * THREADS) fine &= inside(a.rows, stack[-1 - k], bytes);
-        }
+    }
+    const int bytes = fine ? (a.rows.half_bytes[s.k_bits] + a.rows.half_bytes[s.v_bits] + KVC_UNIT - 1) & -KVC_UNIT : 0;
+    while (fine && k < max(max(pages, peak), flushes)) {
+        const int tokens = k + 1 < pages ? KVC_TAIL_TOKENS : (s.list.tail_tokens - 1) % KVC_TAIL_TOKENS + 1;
+        if (k < pages)
+            fine &= (at.page.y & 0xffffff) == (16 | 16 << 8 | (uint32_t)tokens << 16) &&
+                    inside(a.rows, at.page.x, a.tail_bytes);
+        if (k < peak) fine &= inside(a.rows, at.fresh, a.tail_bytes);
+        if (k < flushes) fine &= inside(a.rows, at.packed, bytes);
+        k += 2 * THREADS;
+        if (k < max(max(pages, peak), flushes)) at = find(k);
     }
     return !__syncthreads_or(!fine);
 }
 
-/* The tail's first 64 tokens become a page; barriers before and after what the books say. */
-template <int TILES, int GROUPS>
-__device__ void flush(const append_job &a, const grouping &g, int64_t i, state &s, uint8_t *stage) {
+/* Pages that rows are written to next: the tail's last one, and the one on top of the stack. */
+struct near_pages {
+    uint32_t last, top;
+};
+
+__device__ near_pages load_near(const append_job &a, int64_t i, const state &s) {
+    const int slot = s.list.pages - 1, top = s.left_tail - 1;
+    return {s.tail_pages() > 0 ? a.table[i * a.capacity + slot].unit : 0,
+            top >= 0 ? a.pool_tail[i * a.tail_room + top] : 0};
+}
+
+/* The tail's first 64 tokens become a page. Gives what load_near would now; no barrier at the end. */
+template <int TILES, int EACH>
+__device__ near_pages flush(const append_job &a, int64_t i, state &s, uint32_t *stage, float *noise) {
     kvc_page *tail = a.table + i * a.capacity + s.list.tail_page;
-    const int value = threadIdx.y, k_bytes = a.rows.half_bytes[s.k_bits];
+    int value = threadIdx.y, bits = value ? s.v_bits : s.k_bits;
+    /* What follows from these would else be made before the first flush, and kept in registers. */
+    asm volatile("" : "+r"(value), "+r"(bits));
     const uint32_t unit = a.pool_packed[i * a.packed_room + s.left_packed - 1];
     job it;
     it.page = entry_of(unit, s.k_bits, s.v_bits, KVC_PAGE_TOKENS);
     it.list = (int)i;
     it.value = value;
-    it.bits = value ? s.v_bits : s.k_bits;
+    it.bits = bits;
     it.page_tokens = KVC_PAGE_TOKENS;
-    it.words = (uint32_t *)(page_of(a.rows, unit) + (value ? k_bytes : 0));
-    it.scales = (uint8_t *)it.words + KVC_PAGE_TOKENS / 8 * a.rows.layout.head_dim * it.bits;
-    flush_half<TILES, GROUPS>(a.rows, g, it, tail, s.list.tokens - s.list.tail_tokens,
-                              stage + value * KVC_PAGE_TOKENS * TILES * KVC_TILE);
+    it.words = (uint32_t *)(page_of(a.rows, unit) + (value ? a.rows.half_bytes[s.k_bits] : 0));
+    it.scales = (uint8_t *)it.words + KVC_PAGE_TOKENS / 8 * a.rows.layout.head_dim * bits;
+    stage += value * KVC_PAGE_TOKENS * TILES * KVC_TILE / sizeof *stage;
+    read_half<TILES, EACH>(a.rows, it, tail, s.list.tokens - s.list.tail_tokens, stage, noise);
     const int thread = flat_thread(), moved = s.tail_pages() - TAIL_PAGES;
-    const uint32_t freed = thread < TAIL_PAGES ? tail[thread].unit : 0;
-    for (int first = 0; first < moved || first == 0; first += 2 * THREADS) {
-        kvc_page page;
+    const uint32_t freed = tail[min(thread, TAIL_PAGES - 1)].unit;
+    const near_pages near = {tail[s.tail_pages() - 1].unit, tail[TAIL_PAGES - 1].unit};
+    kvc_page page;
+    if (thread < moved) page = tail[TAIL_PAGES + thread];
+    __syncthreads(); /* all have read what they do of the old tail and its pages */
+    write_half<TILES>(it, stage);
+    if (thread < moved) tail[1 + thread] = page;
+#pragma unroll 1
+    for (int first = 2 * THREADS; first < moved; first += 2 * THREADS) {
         if (first + thread < moved) page = tail[TAIL_PAGES + first + thread];
         __syncthreads();
         if (first + thread < moved) tail[1 + first + thread] = page;
@@ -135,33 +165,35 @@ __device__ void flush(const append_job &a, const grouping &g, int64_t i, state &
     s.list.pages -= TAIL_PAGES - 1;
     s.list.tail_page++;
     s.list.tail_tokens -= KVC_PAGE_TOKENS;
-    __syncthreads();
+    return near;
 }
 
 /* `count` new rows from row `first` on, none of which has to wait for a flush. */
-template <int TILES> __device__ void add_rows(const append_job &a, int64_t i, state &s, int first, int count) {
+template <int TILES>
+__device__ void add_rows(const append_job &a, int64_t i, state &s, near_pages near, int first, int count) {
     kvc_page *tail = a.table + i * a.capacity + s.list.tail_page;
     const uint32_t *stack = a.pool_tail + i * a.tail_room + s.left_tail - 1;
     const int value = threadIdx.y, start = s.list.tail_tokens, end = start + count, have = s.tail_pages();
     const int fresh = (end + KVC_TAIL_TOKENS - 1) / KVC_TAIL_TOKENS - have;
-    for (int k = 0; k < fresh; k++) clear_page<TILES>(page_of(a.rows, stack[-k]));
+    const auto unit_of = [=](int page) {
+        return page < have ? near.last : page == have ? near.top : stack[have - page];
+    };
+    if (fresh > 1) __syncthreads(); /* a flush has just pushed what others pop */
+#pragma unroll 1
+    for (int k = 0; k < fresh; k++) clear_page<TILES>(page_of(a.rows, unit_of(have + k)));
     __syncthreads();
+#pragma unroll 1
     for (int k = threadIdx.x / 32; k < count; k += THREADS / 32) {
         token_row<TILES> row;
         row.fetch(a.rows.half[value], rows_of(a, blockIdx.x) + (first + k) * a.rows.half[value].s);
         row.widen(a.rows.half[value]);
         if (a.rows.rotation == KVC_ROTATE_HADAMARD) row.rotate();
-        const int page = (start + k) / KVC_TAIL_TOKENS;
-        const uint32_t unit = page < have ? tail[page].unit : stack[have - page];
-        row.store(page_of(a.rows, unit) + (value ? a.rows.tail_half_bytes : 0), value, (start + k) % KVC_TAIL_TOKENS,
-                  a.rows.layout.half);
+        row.store(page_of(a.rows, unit_of((start + k) / KVC_TAIL_TOKENS)) + (value ? a.rows.tail_half_bytes : 0), value,
+                  (start + k) % KVC_TAIL_TOKENS, a.rows.layout.half);
     }
-    __syncthreads();
-    for (int k = have - 1 + flat_thread(); k < have + fresh; k += 2 * THREADS)
-        if (k >= 0) {
-            const int tokens = min(end - k * KVC_TAIL_TOKENS, KVC_TAIL_TOKENS);
-            tail[k] = entry_of(k < have ? tail[k].unit : stack[have - k], 16, 16, tokens);
-        }
+#pragma unroll 1
+    for (int k = max(have - 1, 0) + flat_thread(); k < have + fresh; k += 2 * THREADS)
+        tail[k] = entry_of(unit_of(k), 16, 16, min(end - k * KVC_TAIL_TOKENS, KVC_TAIL_TOKENS));
     s.left_tail -= fresh;
     s.list.pages += fresh;
     s.list.tail_tokens += count;
@@ -178,7 +210,6 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     token_row<TILES> row;
     if (threadIdx.x < 32) row.fetch(a.rows.half[value], rows_of(a, sequence));
     state s = load_state(a, i, sequence, list);
-    if (s.flushes(a.window)) return false;
     uint2 *const slots = (uint2 *)a.table + i * a.capacity;
     const uint32_t *const stack = a.pool_tail + i * a.tail_room;
     const int place = s.list.tail_tokens & (KVC_TAIL_TOKENS - 1), begins = place == 0;
@@ -189,6 +220,7 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     } else {
         if ((uint32_t)slot < (uint32_t)a.capacity) page = slots[slot];
     }
+    if (__any_sync(ALL, s.flushes(a.window))) return false; /* any: the compiler sees that whole warps go on */
     const bool fine = s.valid == 1 && kvc_append_state_ok(&s.list, a.capacity, 1) && slot < a.capacity &&
                       s.left_tail >= begins && (uint32_t)s.left_tail + s.tail_pages() <= (uint32_t)a.tail_room;
     if (threadIdx.x < 32) {
@@ -211,43 +243,54 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     return true;
 }
 
-template <int TILES, int GROUPS> __device__ void append_any(const append_job &a, const grouping &g, uint8_t *stage) {
+template <int TILES, int EACH> __device__ void append_any(const append_job &a, uint32_t *stage, float *noise) {
     const int64_t i = list_of(a, blockIdx.x);
     state s = load_state(a, i, blockIdx.x, ((const int4 *)a.lists)[i]);
     if (!sound(a, i, s)) return;
     for (int done = 0; done < s.valid;) {
+        near_pages near;
         if (s.flushes(a.window)) {
-            flush<TILES, GROUPS>(a, g, i, s, stage);
-            continue;
+            near = flush<TILES, EACH>(a, i, s, stage, noise + flat_thread() / 32 * NOISE);
+            if (s.flushes(a.window)) {
+                __syncthreads();
+                continue;
+            }
+        } else {
+            near = load_near(a, i, s);
         }
         const int until = s.packs() ? a.window + KVC_PAGE_TOKENS - s.list.tail_tokens : s.valid;
         const int count = min(s.valid - done, until);
-        add_rows<TILES>(a, i, s, a.q - s.valid + done, count);
+        add_rows<TILES>(a, i, s, near, a.q - s.valid + done, count);
         done += count;
         if (done < s.valid) __syncthreads();
     }
     write_state(a, i, s);
 }
 
-template <int TILES, int GROUPS>
-__global__ void __launch_bounds__(2 * THREADS, TILES > 8 ? 1 : 2)
-    append_kernel(const __grid_constant__ append_job a, const __grid_constant__ grouping g) {
+/* TILES: channel tiles of a row; EACH: of a group. */
+template <int TILES, int EACH>
+__global__ void __launch_bounds__(2 * THREADS, TILES > 8 ? 1 : 2) append_kernel(const __grid_constant__ append_job a) {
     __shared__ uint4 stage[2 * KVC_PAGE_TOKENS * TILES * KVC_TILE / sizeof(uint4)];
+    __shared__ float4 noise[2 * THREADS / 32 * NOISE / 4];
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     if (a.q == 1 && append_one<TILES>(a)) return;
     asm volatile("" ::: "memory"); /* nothing of the short way is kept, which would cost it registers */
-    append_any<TILES, GROUPS>(a, g, (uint8_t *)stage);
+    append_any<TILES, EACH>(a, (uint32_t *)stage, (float *)noise);
 }
 
-template <int TILES> cudaError_t launch(dim3 grid, const append_job &a, cudaStream_t stream) {
-    const kvc_layout *layout = &a.rows.layout;
-    const grouping g = make_grouping(layout);
-    if (layout->group == layout->head_dim)
-        append_kernel<TILES, 1><<<grid, dim3(THREADS, 2), 0, stream>>>(a, g);
-    else
-        append_kernel<TILES, TILES><<<grid, dim3(THREADS, 2), 0, stream>>>(a, g);
+/* The next smaller divisor. */
+constexpr int divisor_below(int n, int divisor) {
+    do divisor--;
+    while (n % divisor);
+    return divisor;
+}
+
+template <int TILES, int EACH = TILES> cudaError_t launch(dim3 grid, const append_job &a, cudaStream_t stream) {
+    if constexpr (EACH > 1)
+        if (a.rows.layout.group != EACH * KVC_TILE) return launch<TILES, divisor_below(TILES, EACH)>(grid, a, stream);
+    append_kernel<TILES, EACH><<<grid, dim3(THREADS, 2), 0, stream>>>(a);
     return cudaGetLastError();
 }
 

@@ -11,6 +11,7 @@
  * codes become words in registers. Lane 4*g + t loads 16 bytes, channels 8t .. 8t+7 of every 32, of tokens g and g + 8.
  */
 #pragma once
+#include "pack_lanes.cuh"
 #include "pack_stage.cuh"
 #include "pack_steps.cuh"
 
@@ -60,79 +61,13 @@ template <int HALF> __device__ uint32_t multiply(uint32_t x, uint32_t by) {
     return format16<HALF>::bits(__hmul2(format16<HALF>::as(x), format16<HALF>::as(by)));
 }
 
-/* The larger magnitudes; the signs are anything. */
-template <int HALF> __device__ uint32_t largest(uint32_t a, uint32_t b) {
-#if __CUDA_ARCH__ >= 860
-    uint32_t most;
-    if (HALF == KVC_BFLOAT16)
-        asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-    else
-        asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-    return most;
-#else
-    return format16<HALF>::bits(__hmax2(__habs2(format16<HALF>::as(a)), __habs2(format16<HALF>::as(b))));
-#endif
-}
-
 __device__ uint32_t &word_of(uint4 &v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
 
 /* ---- where things lie: VALUE 0 is K, 1 is V; y[n][u][c] is element c of lane's part of an instruction n = 0, 1 */
 
-/* Tokens of a lane's results, and which one an element belongs to. */
-template <int VALUE> constexpr int SLOTS = VALUE ? 4 : 2;
-template <int VALUE> __device__ constexpr int slot(int n, int c) { return VALUE ? 2 * n + (c & 1) : c >> 1; }
 /* format.h's number of the element. */
 template <int VALUE> __device__ constexpr int element(int n, int c) {
     return VALUE ? n + 2 * (c & 1) + 4 * (c >> 1) : 2 * n + c % 2 + 4 * (c >> 1);
-}
-
-/* Per token there is one lane (with copies) that makes its scale: the token, of 16. */
-template <int VALUE> __device__ int owned_token(int lane) {
-    return VALUE ? 2 * (lane & 3) + (lane >> 3 & 1) + 8 * (lane >> 4) : (lane >> 2) + 8 * (lane >> 1 & 1);
-}
-/* The lane that owns the token of this lane's slot. */
-template <int VALUE> __device__ int owner_of(int lane, int slot) {
-    return VALUE ? 16 * (slot >> 1) + 8 * (slot & 1) + (lane & 3) : (lane & 28) + 2 * slot;
-}
-/* Whether this lane is the one that writes for its token. */
-template <int VALUE> __device__ bool writes(int lane) { return !(lane & (VALUE ? 4 : 1)); }
-
-/* f over the lanes and slots of each token, at its owners; v is used up. f is the same in any order. */
-template <int VALUE, typename function>
-__device__ float to_owner(const float (&v)[SLOTS<VALUE>], int lane, function f) {
-    if constexpr (VALUE) {
-        const bool far = lane & 16, odd = lane & 8;
-        float two[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) two[k] = f(far ? v[2 + k] : v[k], __shfl_xor_sync(ALL, far ? v[k] : v[2 + k], 16));
-        const float one = f(odd ? two[1] : two[0], __shfl_xor_sync(ALL, odd ? two[0] : two[1], 8));
-        return f(one, __shfl_xor_sync(ALL, one, 4));
-    } else {
-        const bool far = lane & 2;
-        const float one = f(far ? v[1] : v[0], __shfl_xor_sync(ALL, far ? v[0] : v[1], 2));
-        return f(one, __shfl_xor_sync(ALL, one, 1));
-    }
-}
-
-/* The tree of pack.h's search over strides 8, 4, 2, 1, of a sum for each element, at the tokens' owners. */
-template <int VALUE> __device__ float tree_to_owner(const float (&sums)[2][4], int lane) {
-    const auto add = [](float a, float b) { return a + b; };
-    if constexpr (VALUE) {
-        float v[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) v[k] = sums[k >> 1][k & 1] + sums[k >> 1][2 + (k & 1)];
-        return to_owner<1>(v, lane, add);
-    } else {
-        float v[2][2];
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const float both[2] = {sums[n][c], sums[n][2 + c]};
-                v[n][c] = to_owner<0>(both, lane, add);
-            }
-        return (v[0][0] + v[1][0]) + (v[0][1] + v[1][1]);
-    }
 }
 
 /* ---- rotation */
@@ -291,12 +226,7 @@ __device__ void scale_rows(token_facts &facts, uint4 (&rows)[2][TILES / 2], bool
 
 /* ---- codes */
 
-__device__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
-
-/* A lane's 8 codes of a tile: in nibbles, where 4-bit words have them, or (EIGHT) in bytes, e = 4.. in the second word.
- */
+/* A lane's codes of its tiles into the stage. */
 template <int TILES, int VALUE, bool EIGHT>
 __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4], const float (&slope)[SLOTS<VALUE>],
                              const float (&offset)[SLOTS<VALUE>], float most) {
@@ -307,42 +237,10 @@ __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4],
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const int k = slot<VALUE>(n, c);
+                const int k = slot_of<VALUE>(element<VALUE>(n, c));
                 code[element<VALUE>(n, c)] = __float_as_uint(code_of(__fmaf_rn(y[n][u][c], slope[k], offset[k]), most));
             }
-        if (EIGHT) {
-            plane[64 * u] = low_bytes(code[0], code[1], code[2], code[3]);
-            plane[64 * u + STAGE_TILES * 32 * TILES] = low_bytes(code[4], code[5], code[6], code[7]);
-        } else {
-            plane[64 * u] = low_bytes(code[0] + (code[4] << 4), code[1] + (code[5] << 4), code[2] + (code[6] << 4),
-                                      code[3] + (code[7] << 4));
-        }
-    }
-}
-
-/* Words of a page from the tiles' words: [tile (8 bits: tile, then tile + 4)][channel tile][lane]. */
-template <int TILES> __device__ void write_tile_words(uint32_t *words, const uint32_t *stage, int bits, int value) {
-    constexpr int STEP = 32 * TILES;
-#pragma unroll
-    for (int at = threadIdx.x; at < STEP; at += THREADS) {
-        uint32_t w[4];
-#pragma unroll
-        for (int t = 0; t < 4; t++) w[t] = stage[t * STEP + at];
-        uint32_t *to = words + kvc_word_index(bits, KVC_PAGE_TOKENS, at / 32, at % 32, 0);
-        if (bits == 4) {
-            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
-        } else if (bits == 8) {
-            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
-            *(uint4 *)(to + 128) =
-                make_uint4(stage[4 * STEP + at], stage[5 * STEP + at], stage[6 * STEP + at], stage[7 * STEP + at]);
-        } else {
-            constexpr uint32_t low = 0x33333333u, high = 0x11111111u;
-            const uint32_t a = (w[0] & low) | (w[1] & low) << 2, b = (w[2] & low) | (w[3] & low) << 2;
-            *(uint2 *)to = make_uint2(a, b);
-            if (bits == 3)
-                words[kvc_word_index(3, KVC_PAGE_TOKENS, at / 32, at % 32, 2)] =
-                    (w[0] >> 2 & high) | (w[1] >> 1 & high << 1) | (w[2] & high << 2) | (w[3] << 1 & high << 3);
-        }
+        put_tile(plane + 64 * u, STAGE_TILES * 32 * TILES, code, EIGHT);
     }
 }
 
@@ -403,11 +301,8 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
     const grouping whole = {};
     const auto spread_line = [&](const affine<1> &scales, float mid) {
         const line<1> at = encoder<1>(scales, whole, facts.row.factor).at(mid, most);
-#pragma unroll
-        for (int k = 0; k < SLOTS<VALUE>; k++) {
-            slope[k] = __shfl_sync(ALL, at.slope[0], owner_of<VALUE>(lane, k));
-            offset[k] = __shfl_sync(ALL, at.offset[0], owner_of<VALUE>(lane, k));
-        }
+        from_owner<VALUE>(slope, at.slope[0], lane);
+        from_owner<VALUE>(offset, at.offset[0], lane);
     };
     affine<1> scales;
     if (range) {
@@ -421,7 +316,7 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
-                        const int k = slot<VALUE>(n, c);
+                        const int k = slot_of<VALUE>(element<VALUE>(n, c));
                         low[k] = fminf(low[k], y[n][u][c]);
                         high[k] = fmaxf(high[k], y[n][u][c]);
                     }
@@ -440,13 +335,13 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         const float half = (float)(1 << (bits - 1));
         /* k is summed as bits of floats that hold codes in their lowest: one instruction adds two. */
         uint32_t bit_sums[SLOTS<VALUE>] = {};
-        float k[SLOTS<VALUE>], kk[SLOTS<VALUE>] = {}, sums[2][4] = {};
+        float k[SLOTS<VALUE>], kk[SLOTS<VALUE>] = {}, sums[8] = {};
         each_y([&](int, const float (&y)[2][TILES / 2][4]) {
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
-                    const int at = slot<VALUE>(n, c);
+                    const int at = slot_of<VALUE>(element<VALUE>(n, c));
                     float chain = 0.0f;
 #pragma unroll
                     for (int u = 0; u < TILES / 2; u++) {
@@ -456,7 +351,7 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
                         kk[at] = __fmaf_rn(code, code, kk[at]);
                         chain = __fmaf_rn(code, y[n][u][c], chain);
                     }
-                    sums[n][c] += chain;
+                    sums[element<VALUE>(n, c)] += chain;
                 }
         });
         constexpr int EACH = 8 * TILES / SLOTS<VALUE>;
@@ -464,10 +359,10 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         for (int i = 0; i < SLOTS<VALUE>; i++) k[i] = (float)(int)(bit_sums[i] - EACH * MAGIC_BITS) - EACH * half;
         const auto add = [](float a, float b) { return a + b; };
         const float sum_k = to_owner<VALUE>(k, lane, add), sum_kk = to_owner<VALUE>(kk, lane, add);
-        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane), mean, bits, CHANNELS,
-              facts.row.factor, true);
+        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane, add), mean, bits,
+              CHANNELS, facts.row.factor, true);
     }
-    round_to_stored<LAYOUT_STEP>(scales, whole, a.layout, bits);
+    round_to_stored(scales, whole, a.layout, bits);
     spread_line(scales, facts.mid);
     if (writes<VALUE>(lane)) {
         const int row = KVC_TILE * tile + owned_token<VALUE>(lane);

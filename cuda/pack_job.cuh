@@ -7,6 +7,7 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr unsigned ALL = 0xffffffffu;
+constexpr int STAGE_TILES = KVC_PAGE_TOKENS / KVC_TILE;
 
 /* Blocks of a multiprocessor: as many as the registers of a row allow. Only search with small groups spills, a little.
  */

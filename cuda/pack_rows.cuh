@@ -422,11 +422,9 @@ template <int GROUPS> struct encoder {
 /* v of step 3, clamped, as a code in the low bits of a float: MAGIC more than the code. */
 __device__ float code_of(float v, float most) { return __fmaf_rn(__saturatef(v), most, MAGIC); }
 
-constexpr int LAYOUT_STEP = -1; /* STEP: what the layout says, at run time */
-
-template <int STEP, int GROUPS>
+template <int GROUPS>
 __device__ void round_to_stored(affine<GROUPS> &v, const grouping &g, const kvc_layout &layout, int bits) {
-    if (STEP == KVC_STEP_E5M3 || (STEP == LAYOUT_STEP && layout.scale_dtype == KVC_STEP_E5M3)) {
+    if (layout.scale_dtype == KVC_STEP_E5M3) {
         round_to_e5m3(v, g, bits);
     } else {
         each_group(v.scale, g, stored);
@@ -455,7 +453,7 @@ __device__ float refit(float &scale, float &zero, float k, float kk, float ky, f
     return c * t;
 }
 
-template <int TILES, int GROUPS, int STEP>
+template <int TILES, int GROUPS>
 __device__ void fit_search(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
                            const row_facts &f) {
     const float symmetric[] = KVC_SEARCH_STARTS;
@@ -508,20 +506,20 @@ __device__ void fit_search(affine<GROUPS> &out, const float (&x)[TILES][4], cons
             }
         }
     }
-    round_to_stored<STEP>(out, g, a.layout, bits);
+    round_to_stored(out, g, a.layout, bits);
 }
 
-template <int TILES, int GROUPS, bool SEARCH, int STEP = LAYOUT_STEP>
+template <int TILES, int GROUPS, bool SEARCH>
 __device__ void fit(affine<GROUPS> &out, const float (&x)[TILES][4], const call &a, const grouping &g, int bits,
-                    const row_facts &f = {}) {
+                    const row_facts &f) {
     if constexpr (SEARCH) {
-        fit_search<TILES, GROUPS, STEP>(out, x, a, g, bits, f);
+        fit_search<TILES, GROUPS>(out, x, a, g, bits, f);
     } else {
         if (a.scale == KVC_SCALE_MINMAX || bits >= 8)
             fit_minmax<TILES, GROUPS>(out, x, a, g, bits, f.factor);
         else
             fit_sigma<TILES, GROUPS>(out, x, a, g, bits, f);
-        round_to_stored<STEP>(out, g, a.layout, bits);
+        round_to_stored(out, g, a.layout, bits);
     }
 }
 

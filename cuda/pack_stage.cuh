@@ -7,7 +7,6 @@ namespace {
 
 /* ---- codes in shared memory: [channel tile][4 tiles][lane][element], one byte each (class 16: two) */
 
-constexpr int STAGE_TILES = KVC_PAGE_TOKENS / KVC_TILE;
 constexpr int STAGE_STEP = STAGE_TILES * 32 * 8; /* elements from one channel tile to the next */
 
 /* Where a thread's 4 channels of a token lie in the first channel tile. Four channels of K are neighbours, those of V

@@ -185,6 +185,20 @@ def test_long_tails() -> None:
         assert cuda.differs(cpu) is None, (start, cuda.differs(cpu))
 
 
+def test_window_that_shrinks() -> None:
+    """What a larger window kept leaves the tail at once: pages are packed one after the other."""
+    random = np.random.default_rng(10)
+    for head_dim, group, count in ((128, 128, 1), (64, 32, 1), (256, 256, 40)):
+        cpu = Cache((head_dim, group, 1, 2, 0), [(4, 4), (3, 2), (8, 16), (16, 16)], 300, 1, 4)
+        cuda = cpu.to("cuda")
+        for window, q in ((300, 350), (100, 1), (0, count), (0, 70)):
+            keys, values = (rows_of(random, torch.bfloat16, 1, 4, q, head_dim) for _ in range(2))
+            cpu.window = cuda.window = window
+            cpu.append(keys, values)
+            cuda.append(keys.cuda(), values.cuda())
+            assert cuda.differs(cpu) is None, (head_dim, window, cuda.differs(cpu))
+
+
 def test_offsets_beyond_32_bits() -> None:
     """Pages behind 4 GiB of arena."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
