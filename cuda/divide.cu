@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     const int blocks = used;
     for (int b = threadIdx.x; b < blocks; b += THREADS)
         runs[b] = kvc_run{(int)starts[b].x, (int)starts[b].y, (int)starts[b + 1].x, (int)starts[b + 1].y};
-    kvc_page *const entries = (kvc_page *)(out + kvc_divide_entries_at(n, a.blocks));
+    kvc_page *const entries = (kvc_page *)(runs + a.blocks); /* kvc_divide_entries_at */
     for (int i = threadIdx.x; i < blocks * KVC_DIVIDE_ENTRIES; i += THREADS) {
         const uint2 start = starts[i / KVC_DIVIDE_ENTRIES], next = starts[i / KVC_DIVIDE_ENTRIES + 1];
         const int list = (int)start.x, page = (int)start.y + i % KVC_DIVIDE_ENTRIES;
