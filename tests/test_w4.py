@@ -242,6 +242,18 @@ def test_any_shape(m: int, n: int, k: int, group: int, bits: int, threads: int) 
     check(normal(m, m, k, dtype=np.float16), normal(k, n, k), group, bits, None, np.float16, threads)
 
 
+@pytest.mark.parametrize("m", [255, 256, 257, 600])
+def test_more_rows_than_share_a_block(m: int) -> None:
+    """However the rows are divided among threads, the bits are the same."""
+    x, w = normal(m, m, 260, dtype=np.float16), normal(3, 70, 260)
+    check(x, w, 64, 5, normal(4, 70))
+    packed, exponent = pack(w, 64, 5)
+    outs = [np.full((m, 70), np.nan, np.float32) for _ in range(4)]
+    for threads, out in zip((1, 2, 5, 64), outs, strict=True):
+        _C.w4_matmul(out, x, packed, None, None, 64, 5, exponent, threads, 0)
+    assert all(np.array_equal(out, outs[0]) for out in outs)
+
+
 def test_instruction_sets_agree(tmp_path: Any) -> None:
     import os
     import subprocess
@@ -249,7 +261,7 @@ def test_instruction_sets_agree(tmp_path: Any) -> None:
 
     program = (
         "import numpy as np, sys; sys.path.insert(0, sys.argv[1]); from test_w4 import *\n"
-        "for m in (1, 4, 9): check(normal(1, m, 300, dtype=np.float16), normal(2, 70, 300), 32, 3)"
+        "for m in (1, 4, 9, 77): check(normal(1, m, 300, dtype=np.float16), normal(2, 70, 300), 32, 3)"
     )
     for name in ("base", "avx2", "avx512"):
         subprocess.run(

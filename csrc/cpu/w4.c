@@ -53,7 +53,7 @@ static void store(const kvc_w4_matmul_args *args, int64_t m, int64_t first, int 
 
 typedef struct {
     float scales[KVC_W4_INPUTS / 32 * KVC_W4_ROWS];
-    float x[KVC_W4_MANY * KVC_W4_INPUTS];
+    float x[KVC_W4_AT_ONCE * KVC_W4_INPUTS];
     float sums[KVC_W4_MANY * KVC_W4_ROWS];
     float tile[KVC_W4_INPUTS * KVC_W4_ROWS];
 } __attribute__((aligned(64))) memory;
@@ -62,7 +62,7 @@ static void many_rows(const matmul_job *job, int64_t strip, int64_t first, int c
     const kvc_w4_matmul_args *args = job->args;
     const kvc_w4_shape *shape = &args->shape;
     memory at;
-    memset(at.sums, 0, sizeof at.sums);
+    memset(at.sums, 0, (size_t)count * KVC_W4_ROWS * sizeof *at.sums);
     for (int64_t b = 0; b < job->blocks; b++) {
         const uint8_t *block = (const uint8_t *)args->packed.data + (strip * job->blocks + b) * job->bytes;
         const int64_t left = shape->k - b * job->inputs;
@@ -70,10 +70,13 @@ static void many_rows(const matmul_job *job, int64_t strip, int64_t first, int c
         load_scales(at.scales, block + kvc_w4_code_bytes(shape->group, shape->scale_bits), shape,
                     job->inputs / shape->group);
         job->tile->decode(at.tile, (const uint32_t *)block, at.scales, job->inputs, shape->group);
-        for (int i = 0; i < count; i++)
-            job->tile->load(at.x + i * job->inputs, row_at(&args->x, first + i, b * job->inputs), args->x.dtype,
-                            inputs);
-        job->tile->many(at.sums, at.tile, at.x, count, job->inputs, inputs);
+        for (int i = 0; i < count; i += KVC_W4_AT_ONCE) {
+            const int some = count - i < KVC_W4_AT_ONCE ? count - i : KVC_W4_AT_ONCE;
+            for (int k = 0; k < some; k++)
+                job->tile->load(at.x + k * job->inputs, row_at(&args->x, first + i + k, b * job->inputs), args->x.dtype,
+                                inputs);
+            job->tile->many(at.sums + i * KVC_W4_ROWS, at.tile, at.x, some, job->inputs, inputs);
+        }
     }
     const int64_t rows = shape->n - strip * KVC_W4_ROWS;
     for (int i = 0; i < count; i++)
@@ -136,6 +139,9 @@ kvc_status kvc_w4_matmul_cpu(const kvc_w4_matmul_args *args, kvc_stream stream) 
                       .bytes = kvc_w4_block_bytes(shape->group, shape->scale_bits),
                       .inputs = kvc_w4_block_inputs(shape->group, shape->scale_bits),
                       .most = m <= KVC_W4_FEW ? KVC_W4_FEW : KVC_W4_MANY};
+    /* Enough parts for all threads, though each decodes its blocks anew. */
+    const int64_t threads = args->threads > 0 ? args->threads : kvc_threads(), strips = kvc_w4_strips(shape->n);
+    while (job.most > KVC_W4_AT_ONCE && strips * kvc_ceil_div(m, job.most) < 2 * threads) job.most /= 2;
     job.parts = kvc_ceil_div(m, job.most);
     kvc_parallel(kvc_w4_strips(shape->n) * job.parts, args->threads, matmul_part, &job);
     return KVC_OK;

@@ -7,7 +7,6 @@
 
 #include <string.h>
 
-#define V 16
 typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -72,46 +71,76 @@ static void few(float *sums, const uint32_t *words, const float *scales, const f
     }
 }
 
-static void decode(float *tile, const uint32_t *words, const float *scales, int inputs, int group) {
-    for (int chunk = 0; chunk < inputs / 64; chunk++)
-        for (int t = 0; t < 4; t++)
-            for (int r = 0; r < 8; r++) {
-                const vu v = load_words(words, chunk, t, r);
-                for (int half = 0; half < 2; half++) {
-                    const int row = 16 * t + 8 * half + r;
-                    const vf scale = spread(scales, chunk, row, group);
-                    for (int e = 0; e < 4; e++) {
-                        const vf value = numbers(v, half, e & 1, e >> 1) * scale;
-                        float *to = tile + (64 * chunk + (e & 1) + 8 * (e >> 1)) * KVC_W4_ROWS + row;
-                        for (int j = 0; j < V; j++) to[(16 * (j & 3) + 2 * (j >> 2)) * KVC_W4_ROWS] = value[j];
-                    }
-                }
-            }
+/* of[j]: word j of each of the eight vectors, which are rows of sixteen words; twice. */
+INLINE void transpose(vu *of, const vu *rows) {
+    const vu low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+    vu a[8], b[8];
+    memcpy(a, rows, sizeof a);
+    for (int turn = 0; turn < 3; turn++) { /* each moves the row's highest bit behind the word's lowest */
+        for (int i = 0; i < 4; i++) {
+            b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low);
+            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    const vu even = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+    for (int j = 0; j < 16; j++) of[j] = __builtin_shuffle(a[j / 2], even + 8 * (j & 1));
 }
 
-INLINE void many_of(float *sums, const float *tile, const float *x, int m, int pitch, int inputs) {
-    for (int half = 0; half < 2; half++) {
-        vf sum[4][2];
-        for (int i = 0; i < m; i++)
-            for (int j = 0; j < 2; j++) sum[i][j] = load(sums + i * KVC_W4_ROWS + V * (2 * half + j));
-        for (int input = 0; input < inputs; input++) {
-            const vf a = load(tile + input * KVC_W4_ROWS + 2 * V * half);
-            const vf b = load(tile + input * KVC_W4_ROWS + 2 * V * half + V);
-            for (int i = 0; i < m; i++) {
-                const float value = x[i * pitch + input];
-                sum[i][0] += a * value;
-                sum[i][1] += b * value;
+static void decode(float *tile, const uint32_t *words, const float *scales, int inputs, int group) {
+    for (int chunk = 0; chunk < inputs / 64; chunk++)
+        for (int t = 0; t < 4; t++) {
+            vu rows[8], of[16];
+            for (int r = 0; r < 8; r++) rows[r] = load_words(words, chunk, t, r);
+            transpose(of, rows);
+            for (int j = 0; j < 16; j++) {
+                const int first = 64 * chunk + 16 * (j & 3) + 2 * (j >> 2); /* within 16 inputs of one group */
+                const vf scale = load(scales + first / group * KVC_W4_ROWS + 16 * t);
+                for (int e = 0; e < 4; e++) {
+                    const vu shift = (vu){0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4} + 16 * (e & 1) + 8 * (e >> 1);
+                    const vf number = __builtin_convertvector((vi)(of[j] >> shift & 15) - 8, vf);
+                    *(vf *)(tile + (first + (e & 1) + 8 * (e >> 1)) * KVC_W4_ROWS + 16 * t) = number * scale;
+                }
             }
         }
+}
+
+/* As many sums as the registers hold: ROWS rows of x, WIDE vectors of rows of W, as wide as the machine's: wider ones
+ * are kept in memory. */
+#if defined(__AVX512F__)
+#define BYTES 64
+#define WIDE 4
+#elif defined(__AVX2__)
+#define BYTES 32
+#define WIDE 2
+#else
+#define BYTES 16
+#define WIDE 2
+#endif
+#define ROWS 6
+typedef float nf __attribute__((vector_size(BYTES)));
+
+INLINE void many_of(float *sums, const float *tile, const float *x, int m, int pitch, int inputs) {
+    for (int first = 0; first < KVC_W4_ROWS; first += WIDE * BYTES / 4) {
+        nf sum[ROWS][WIDE];
         for (int i = 0; i < m; i++)
-            for (int j = 0; j < 2; j++) *(vf *)(sums + i * KVC_W4_ROWS + V * (2 * half + j)) = sum[i][j];
+            for (int j = 0; j < WIDE; j++) sum[i][j] = *(const nf *)(sums + i * KVC_W4_ROWS + first + BYTES / 4 * j);
+        for (int input = 0; input < inputs; input++) {
+            nf w[WIDE];
+            for (int j = 0; j < WIDE; j++) w[j] = *(const nf *)(tile + input * KVC_W4_ROWS + first + BYTES / 4 * j);
+            for (int i = 0; i < m; i++)
+                for (int j = 0; j < WIDE; j++) sum[i][j] += w[j] * x[i * pitch + input];
+        }
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < WIDE; j++) *(nf *)(sums + i * KVC_W4_ROWS + first + BYTES / 4 * j) = sum[i][j];
     }
 }
 
 static void many(float *sums, const float *tile, const float *x, int count, int pitch, int inputs) {
     int i = 0;
-    for (; i + 4 <= count; i += 4) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, 4, pitch, inputs);
-    for (; i < count; i++) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, 1, pitch, inputs);
+    for (; i + ROWS <= count; i += ROWS) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, ROWS, pitch, inputs);
+    for (; i + 2 <= count; i += 2) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, 2, pitch, inputs);
+    if (i < count) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, 1, pitch, inputs);
 }
 
 static void load_row(float *out, const void *row, int dtype, int count) {

@@ -5,7 +5,8 @@
 #include "kvcomp/w4.h"
 
 #define KVC_W4_FEW 4      /* rows of x that are worked on with weights in registers */
-#define KVC_W4_MANY 64    /* rows of x that share a block of weights that was decoded to memory */
+#define KVC_W4_MANY 256   /* rows of x that share a block of weights that was decoded to memory */
+#define KVC_W4_AT_ONCE 64 /* of these, that are brought to float32 together */
 #define KVC_W4_INPUTS 256 /* most inputs of a block */
 
 typedef struct {
@@ -13,7 +14,7 @@ typedef struct {
     /* sums[row][m] += block * x for rows 0..63 and m rows of x (1, 2 or 4), whose `inputs` values of this block lie in
      * x[input][m]. sums: 64 x m x 16 floats, partial sums, 64-aligned. scales[group of the block][64 rows]. */
     void (*few)(float *sums, const uint32_t *words, const float *scales, const float *x, int m, int inputs, int group);
-    /* Decodes a block to tile[input][64 rows], 64-aligned. */
+    /* Decodes a block to tile[input][64 rows]; tile and scales 64-aligned. */
     void (*decode)(float *tile, const uint32_t *words, const float *scales, int inputs, int group);
     /* sums[m][64 rows] += x[m][0 .. inputs-1] * tile for `count` rows of x, `pitch` floats apart. */
     void (*many)(float *sums, const float *tile, const float *x, int count, int pitch, int inputs);
