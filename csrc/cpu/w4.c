@@ -32,12 +32,12 @@ static const char *row_at(const kvc_tensor *tensor, int64_t row, int64_t column)
     return (const char *)tensor->data + kvc_dtype_size(tensor->dtype) * (row * tensor->strides[0] + column);
 }
 
-static void load_scales(float *out, const uint8_t *scales, const kvc_w4_shape *shape, int groups) {
-    const int bits = kvc_w4_code_bits(shape->scale_bits);
-    for (int g = 0; g < groups; g++)
-        for (int row = 0; row < KVC_W4_ROWS; row++)
-            out[g * KVC_W4_ROWS + row] = kvc_w4_scale(
-                kvc_w4_get_scale(scales + g * kvc_w4_group_bytes(shape->scale_bits), row, bits), shape->scale_bits);
+static void load_scales(const matmul_job *job, float *out, const uint8_t *block) {
+    const kvc_w4_shape *shape = &job->args->shape;
+    const uint8_t *at = block + kvc_w4_code_bytes(shape->group, shape->scale_bits);
+    for (int g = 0; g < job->inputs / shape->group; g++)
+        job->tile->load_scales(out + g * KVC_W4_ROWS, at + g * kvc_w4_group_bytes(shape->scale_bits),
+                               shape->scale_bits);
 }
 
 /* sum * 2^exponent + bias, rounded to out's type. */
@@ -67,8 +67,7 @@ static void many_rows(const matmul_job *job, int64_t strip, int64_t first, int c
         const uint8_t *block = (const uint8_t *)args->packed.data + (strip * job->blocks + b) * job->bytes;
         const int64_t left = shape->k - b * job->inputs;
         const int inputs = (int)(left < job->inputs ? left : job->inputs);
-        load_scales(at.scales, block + kvc_w4_code_bytes(shape->group, shape->scale_bits), shape,
-                    job->inputs / shape->group);
+        load_scales(job, at.scales, block);
         job->tile->decode(at.tile, (const uint32_t *)block, at.scales, job->inputs, shape->group);
         for (int i = 0; i < count; i += KVC_W4_AT_ONCE) {
             const int some = count - i < KVC_W4_AT_ONCE ? count - i : KVC_W4_AT_ONCE;
@@ -89,18 +88,16 @@ static void few_rows(const matmul_job *job, int64_t strip, int64_t first, int co
     const kvc_w4_shape *shape = &args->shape;
     const int m = count == 3 ? 4 : count;
     float sums[KVC_W4_ROWS * KVC_W4_FEW * 16] __attribute__((aligned(64))) = {0};
+    float x[KVC_W4_INPUTS * KVC_W4_FEW] __attribute__((aligned(64)));
     float scales[KVC_W4_INPUTS / 32 * KVC_W4_ROWS];
     for (int64_t b = 0; b < job->blocks; b++) {
         const uint8_t *block = (const uint8_t *)args->packed.data + (strip * job->blocks + b) * job->bytes;
         const int64_t left = shape->k - b * job->inputs;
         const int inputs = (int)(left < job->inputs ? left : job->inputs);
-        float x[KVC_W4_INPUTS * KVC_W4_FEW] = {0}, row[KVC_W4_INPUTS];
-        for (int i = 0; i < count; i++) {
-            job->tile->load(row, row_at(&args->x, first + i, b * job->inputs), args->x.dtype, inputs);
-            for (int k = 0; k < inputs; k++) x[k * m + i] = row[k];
-        }
-        load_scales(scales, block + kvc_w4_code_bytes(shape->group, shape->scale_bits), shape,
-                    job->inputs / shape->group);
+        if (b == 0 || inputs < job->inputs) memset(x, 0, sizeof x); /* rows and inputs that are not there */
+        for (int i = 0; i < count; i++)
+            job->tile->load(x + i * job->inputs, row_at(&args->x, first + i, b * job->inputs), args->x.dtype, inputs);
+        load_scales(job, scales, block);
         job->tile->few(sums, (const uint32_t *)block, scales, x, m, job->inputs, shape->group);
     }
     const int64_t rows = shape->n - strip * KVC_W4_ROWS;

@@ -4,6 +4,7 @@
  * The 16 words of lanes 4*r .. 4*r+3 hold rows r and r + 8 of a tile and 64 inputs: vector element 4*c + s is input
  * 16*s + 2*c + odd + 8*high of nibble (odd, high). */
 #include "cpu/w4_tile.h"
+#include "cpu/w4_format.h"
 
 #include <string.h>
 
@@ -28,8 +29,14 @@ INLINE vu load_words(const uint32_t *words, int chunk, int tile, int r) {
     return v >> 2 | v << 30;
 }
 
-INLINE vf numbers(vu words, int half, int odd, int high) {
-    return __builtin_convertvector((vi)(words >> (16 * odd + 4 * (half + 2 * high)) & 15) - 8, vf);
+/* The numbers of the nibbles from bit `shift` on. */
+INLINE vf numbers(vu words, vu shift) {
+#ifdef __AVX512F__ /* one instruction that looks at four bits of its indices */
+    const vf codes = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return __builtin_shuffle(codes, (vi)(words >> shift));
+#else
+    return __builtin_convertvector((vi)(words >> shift & 15) - 8, vf);
+#endif
 }
 
 /* Scales of a row over the vector of a chunk. */
@@ -48,7 +55,7 @@ INLINE void few_of(float *sums, const uint32_t *words, const float *scales, cons
                     const int row = 16 * tile + 8 * half + r;
                     vf part[KVC_W4_FEW];
                     for (int e = 0; e < 4; e++) {
-                        const vf number = numbers(v, half, e & 1, e >> 1);
+                        const vf number = numbers(v, (vu){0} + 4 * (half + 2 * (e >> 1)) + 16 * (e & 1));
                         for (int i = 0; i < m; i++)
                             part[i] = e ? part[i] + number * x[e * m + i] : number * x[e * m + i];
                     }
@@ -58,12 +65,20 @@ INLINE void few_of(float *sums, const uint32_t *words, const float *scales, cons
             }
 }
 
+/* Of 64 inputs those that vectors of words meet: element 4*c + s is input 16*s + 2*c + first. */
+INLINE vf meeting(const float *x, int first) {
+    const vi two = (vi){0, 16, 2, 18, 4, 20, 6, 22, 0, 16, 2, 18, 4, 20, 6, 22} + first;
+    const vf low = __builtin_shuffle(load(x), load(x + 16), two);
+    const vf high = __builtin_shuffle(load(x + 32), load(x + 48), two);
+    return __builtin_shuffle(low, high, (vi){0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23});
+}
+
 static void few(float *sums, const uint32_t *words, const float *scales, const float *x, int m, int inputs, int group) {
     vf order[KVC_W4_INPUTS / 64 * 4 * KVC_W4_FEW];
-    for (int input = 0; input < inputs; input++) {
-        const int e = (input & 1) + 2 * (input >> 3 & 1), place = 4 * (input % 8 >> 1) + input / 16 % 4;
-        for (int i = 0; i < m; i++) ((float *)&order[(input / 64 * 4 + e) * m + i])[place] = x[input * m + i];
-    }
+    for (int chunk = 0; chunk < inputs / 64; chunk++)
+        for (int e = 0; e < 4; e++)
+            for (int i = 0; i < m; i++)
+                order[(4 * chunk + e) * m + i] = meeting(x + i * inputs + 64 * chunk, (e & 1) + 8 * (e >> 1));
     switch (m) {
     case 1: few_of(sums, words, scales, order, 1, inputs, group); break;
     case 2: few_of(sums, words, scales, order, 2, inputs, group); break;
@@ -98,8 +113,8 @@ static void decode(float *tile, const uint32_t *words, const float *scales, int 
                 const vf scale = load(scales + first / group * KVC_W4_ROWS + 16 * t);
                 for (int e = 0; e < 4; e++) {
                     const vu shift = (vu){0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4} + 16 * (e & 1) + 8 * (e >> 1);
-                    const vf number = __builtin_convertvector((vi)(of[j] >> shift & 15) - 8, vf);
-                    *(vf *)(tile + (first + (e & 1) + 8 * (e >> 1)) * KVC_W4_ROWS + 16 * t) = number * scale;
+                    *(vf *)(tile + (first + (e & 1) + 8 * (e >> 1)) * KVC_W4_ROWS + 16 * t) =
+                        numbers(of[j], shift) * scale;
                 }
             }
         }
@@ -143,28 +158,63 @@ static void many(float *sums, const float *tile, const float *x, int count, int 
     if (i < count) many_of(sums + i * KVC_W4_ROWS, tile, x + i * pitch, 1, pitch, inputs);
 }
 
+static void load_halves(float *out, const uint16_t *halves, int count) {
+    for (int i = 0; i < count; i++) { /* 2^112 moves the exponent's bias; Inf and NaN have the largest one */
+        const uint32_t half = halves[i], special = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+        uint32_t bits = (half & 0x7fff) << 13;
+        float value;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        memcpy(&bits, &value, 4);
+        bits |= (half & 0x8000) << 16 | special;
+        memcpy(out + i, &bits, 4);
+    }
+}
+
 static void load_row(float *out, const void *row, int dtype, int count) {
-    uint32_t bits;
     if (dtype == KVC_FLOAT32) {
         memcpy(out, row, (size_t)count * 4);
     } else if (dtype == KVC_BFLOAT16) {
         for (int i = 0; i < count; i++) {
-            bits = (uint32_t)((const uint16_t *)row)[i] << 16;
+            const uint32_t bits = (uint32_t)((const uint16_t *)row)[i] << 16;
             memcpy(out + i, &bits, 4);
         }
     } else {
-        for (int i = 0; i < count; i++) { /* 2^112 moves the exponent's bias; Inf and NaN have the largest one */
-            const uint32_t half = ((const uint16_t *)row)[i], special = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-            bits = (half & 0x7fff) << 13;
-            float value;
-            memcpy(&value, &bits, 4);
-            value *= 0x1p112f;
-            memcpy(&bits, &value, 4);
-            bits |= (half & 0x8000) << 16 | special;
-            memcpy(out + i, &bits, 4);
-        }
+        load_halves(out, row, count);
     }
 }
 
+/* Pieces of codes, `plane` bits each, behind what the codes have: byte by byte as they lie there. */
+INLINE void add_plane(uint16_t *codes, const uint8_t *at, int plane) {
+    for (int byte = 0; byte < 8 * plane; byte++)
+        for (int k = 0; k < 8 / plane; k++) {
+            uint16_t *const code = codes + byte * (8 / plane) + k;
+            *code = (uint16_t)(*code << plane | (at[byte] >> plane * k & ((1 << plane) - 1)));
+        }
+}
+
+static void load_scales(float *out, const uint8_t *at, int scale_bits) {
+    const int bits = kvc_w4_code_bits(scale_bits), left = scale_bits < 0 ? 0 : 10 - scale_bits;
+    uint16_t codes[KVC_W4_ROWS] = {0}; /* of rows 0, 8, 16, ..., 1, 9, ... */
+    for (int done = 0; done < bits;) {
+        const int plane = kvc_w4_plane_bits(bits, done);
+        const uint8_t *const from = at + 8 * done;
+        switch (plane) {
+        case 16:
+            for (int i = 0; i < KVC_W4_ROWS; i++) codes[i] = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
+            break;
+        case 8: add_plane(codes, from, 8); break;
+        case 4: add_plane(codes, from, 4); break;
+        case 2: add_plane(codes, from, 2); break;
+        default: add_plane(codes, from, 1);
+        }
+        done += plane;
+    }
+    for (int i = 0; i < KVC_W4_ROWS; i++) codes[i] = (uint16_t)(codes[i] << left);
+    float values[KVC_W4_ROWS];
+    load_halves(values, codes, KVC_W4_ROWS);
+    for (int row = 0; row < KVC_W4_ROWS; row++) out[row] = values[8 * (row & 7) + (row >> 3)];
+}
+
 extern const kvc_w4_tile NAME(kvc_w4_tile);
-const kvc_w4_tile NAME(kvc_w4_tile) = {TEXT1(KVC_ISA), few, decode, many, load_row};
+const kvc_w4_tile NAME(kvc_w4_tile) = {TEXT1(KVC_ISA), few, decode, many, load_row, load_scales};

@@ -12,7 +12,8 @@
 typedef struct {
     const char *name;
     /* sums[row][m] += block * x for rows 0..63 and m rows of x (1, 2 or 4), whose `inputs` values of this block lie in
-     * x[input][m]. sums: 64 x m x 16 floats, partial sums, 64-aligned. scales[group of the block][64 rows]. */
+     * x[m][input], 64-aligned. sums: 64 x m x 16 floats, partial sums, 64-aligned. scales[group of the block][64 rows].
+     */
     void (*few)(float *sums, const uint32_t *words, const float *scales, const float *x, int m, int inputs, int group);
     /* Decodes a block to tile[input][64 rows]; tile and scales 64-aligned. */
     void (*decode)(float *tile, const uint32_t *words, const float *scales, int inputs, int group);
@@ -20,6 +21,8 @@ typedef struct {
     void (*many)(float *sums, const float *tile, const float *x, int count, int pitch, int inputs);
     /* As kvc_load_row. */
     void (*load)(float *out, const void *row, int dtype, int count);
+    /* What the scales of 64 rows and a group stand for, without the matrix's exponent. */
+    void (*load_scales)(float *out, const uint8_t *at, int scale_bits);
 } kvc_w4_tile;
 
 const kvc_w4_tile *kvc_w4_tiles(void); /* the best for this machine; KVCOMP_SIMD=base|avx2|avx512 limits it */
