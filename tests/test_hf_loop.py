@@ -137,11 +137,13 @@ def test_which_calls_it_takes(model: Any) -> None:
     config = transformers.GenerationConfig
     assert loop.takes(model, {}) and loop.takes(model, {"do_sample": True, "num_beams": 1, "top_k": 5})
     assert loop.takes(model, {"generation_config": config(num_beams=3), "num_beams": 1})
+    assisting = config()
+    assisting.is_assistant = True  # as transformers sets it
     others: list[dict[str, Any]] = [
         {"num_beams": 2}, {"generation_config": config(num_beams=3)}, {"streamer": object()}, {"synced_gpus": True},
         {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}, {"output_attentions": True},
         {"generation_config": config(output_hidden_states=True, return_dict_in_generate=True)},
-        {"custom_generate": loop.decode},
+        {"custom_generate": loop.decode}, {"generation_config": assisting},
     ]  # fmt: skip
     for other in others:
         assert not loop.takes(model, other), other

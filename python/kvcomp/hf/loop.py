@@ -17,8 +17,8 @@ from transformers.generation.configuration_utils import GenerationMode
 # Of generate: what another loop than this one takes, or what makes it another. Left out, None or False: this one.
 _OTHERS = (
     "assistant_model", "assistant_early_exit", "assistant_tokenizer", "constraints", "custom_generate", "dola_layers",
-    "force_words_ids", "negative_prompt_ids", "output_attentions", "output_hidden_states", "penalty_alpha",
-    "prompt_lookup_num_tokens", "streamer", "synced_gpus",
+    "force_words_ids", "is_assistant", "negative_prompt_ids", "output_attentions", "output_hidden_states",
+    "penalty_alpha", "prompt_lookup_num_tokens", "streamer", "synced_gpus",
 )  # fmt: skip
 _BEAMS = ("num_beams", "num_beam_groups")
 _PARTS = ("_prefill", "_optimize_model_for_decode", "_update_model_kwargs_for_generation")
