@@ -7,24 +7,29 @@
 
 #define LANES 16
 
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-
 #define INNER static inline __attribute__((always_inline))
 
+typedef void dots_of(float *out, const float *rows, const float *keys, int64_t d);
+
 /* out[KVC_SCORE_ROWS][KVC_SCORE_TILE] = rows[KVC_SCORE_ROWS][d] keys[d][KVC_SCORE_TILE], fp32, summed over channels in
- * order; `wide` vectors of tokens at once, as many sums as registers hold. */
-INNER void dots(float *out, const float *rows, const float *keys, int64_t d, const int wide) {
-    for (int at = 0; at < KVC_SCORE_TILE; at += wide * LANES) {
-        lanes sum[KVC_SCORE_ROWS][KVC_SCORE_TILE / LANES] = {{{0}}};
-        for (int64_t c = 0; c < d; c++)
-            for (int v = 0; v < wide; v++) {
-                const lanes key = *(const lanes *)(keys + c * KVC_SCORE_TILE + at + v * LANES);
-                for (int r = 0; r < KVC_SCORE_ROWS; r++) sum[r][v] += rows[r * d + c] * key;
-            }
-        for (int r = 0; r < KVC_SCORE_ROWS; r++)
-            for (int v = 0; v < wide; v++) *(lanes *)(out + r * KVC_SCORE_TILE + at + v * LANES) = sum[r][v];
+ * order; `wide` vectors of `bytes` at once: as many sums as registers hold, and registers as long as the machine's
+ * (longer ones are kept in memory). */
+#define DOTS(name, bytes, wide, ...)                                                                   \
+    typedef float vector_##name __attribute__((vector_size(bytes)));                                   \
+    __VA_ARGS__ static void dots_##name(float *out, const float *rows, const float *keys, int64_t d) { \
+        for (int at = 0; at < KVC_SCORE_TILE; at += (wide) * (bytes) / 4) {                            \
+            vector_##name sum[KVC_SCORE_ROWS][wide] = {{{0}}};                                         \
+            for (int64_t c = 0; c < d; c++)                                                            \
+                for (int v = 0; v < (wide); v++) {                                                     \
+                    const vector_##name key =                                                          \
+                        *(const vector_##name *)(keys + c * KVC_SCORE_TILE + at + v * (bytes) / 4);    \
+                    for (int r = 0; r < KVC_SCORE_ROWS; r++) sum[r][v] += rows[r * d + c] * key;       \
+                }                                                                                      \
+            for (int r = 0; r < KVC_SCORE_ROWS; r++)                                                   \
+                for (int v = 0; v < (wide); v++)                                                       \
+                    *(vector_##name *)(out + r * KVC_SCORE_TILE + at + v * (bytes) / 4) = sum[r][v];   \
+        }                                                                                              \
     }
-}
 
 /* Tokens of the tile that row r sees: those not after its own position, s - used + r / group. */
 INNER int seen_by(const kvc_score_job *j, const kvc_score_head *view, int64_t r, int64_t begin, int count) {
@@ -34,8 +39,9 @@ INNER int seen_by(const kvc_score_job *j, const kvc_score_head *view, int64_t r,
 
 /* Logits of rows r .. r+KVC_SCORE_ROWS-1, -INFINITY where not seen. False: one was not finite. */
 INNER bool logits(const kvc_score_job *j, const kvc_score_head *view, int64_t r, int64_t begin, int count,
-                  const float *rows, const float *keys, float out[KVC_SCORE_ROWS * KVC_SCORE_TILE], const int wide) {
-    dots(out, rows, keys, j->d, wide);
+                  const float *rows, const float *keys, float out[KVC_SCORE_ROWS * KVC_SCORE_TILE],
+                  dots_of *const dots) {
+    dots(out, rows, keys, j->d);
     const float scale = j->args->scale, softcap = j->args->softcap;
     float check[LANES] = {0};
     for (int i = 0; i < KVC_SCORE_ROWS * KVC_SCORE_TILE; i += LANES)
@@ -74,7 +80,8 @@ INNER float sum_of(const float *values) {
 /* Rows low .. high-1 (a block that begins at `low`) and a chunk's tokens: maxima and denominators move on. False: a
  * logit was not finite. */
 INNER bool first_block(const kvc_score_job *j, const kvc_score_head *view, int64_t low, int64_t high, int64_t begin,
-                       int count, const float *rows, const float *keys, float *most, float *total, const int wide) {
+                       int count, const float *rows, const float *keys, float *most, float *total,
+                       dots_of *const dots) {
     _Alignas(64) float out[KVC_SCORE_ROWS * KVC_SCORE_TILE];
     bool finite = true;
     for (int at = 0; at < count; at += KVC_SCORE_TILE) {
@@ -82,7 +89,7 @@ INNER bool first_block(const kvc_score_job *j, const kvc_score_head *view, int64
         const int64_t seen = kvc_score_first_row(j, view, begin + at);
         for (int64_t r = low > seen ? low : seen; r < high; r += KVC_SCORE_ROWS) {
             finite =
-                logits(j, view, r, begin + at, here, rows + (r - low) * j->d, keys + at * j->d, out, wide) && finite;
+                logits(j, view, r, begin + at, here, rows + (r - low) * j->d, keys + at * j->d, out, dots) && finite;
             for (int64_t k = 0; k < KVC_SCORE_ROWS; k++) {
                 const float top = largest(out + k * KVC_SCORE_TILE), now = top > most[r + k] ? top : most[r + k];
                 if (now == -INFINITY) continue; /* nothing seen so far */
@@ -98,14 +105,14 @@ INNER bool first_block(const kvc_score_job *j, const kvc_score_head *view, int64
 
 /* The same rows and tokens: probabilities are added to the tokens' sums. */
 INNER void second_block(const kvc_score_job *j, const kvc_score_head *view, int64_t low, int64_t high, int64_t begin,
-                        int count, const float *rows, const float *keys, double *sums, const int wide) {
+                        int count, const float *rows, const float *keys, double *sums, dots_of *const dots) {
     _Alignas(64) float out[KVC_SCORE_ROWS * KVC_SCORE_TILE];
     for (int at = 0; at < count; at += KVC_SCORE_TILE) {
         const int here = count - at < KVC_SCORE_TILE ? count - at : KVC_SCORE_TILE;
         const int64_t seen = kvc_score_first_row(j, view, begin + at);
         float block[KVC_SCORE_TILE] = {0};
         for (int64_t r = low > seen ? low : seen; r < high; r += KVC_SCORE_ROWS) {
-            logits(j, view, r, begin + at, here, rows + (r - low) * j->d, keys + at * j->d, out, wide);
+            logits(j, view, r, begin + at, here, rows + (r - low) * j->d, keys + at * j->d, out, dots);
             for (int64_t k = 0; k < KVC_SCORE_ROWS && r + k < view->rows; k++) {
                 j->tile->probabilities(view->most[r + k], out + k * KVC_SCORE_TILE);
                 for (int t = 0; t < KVC_SCORE_TILE; t++) block[t] += out[k * KVC_SCORE_TILE + t] * view->share[r + k];
@@ -115,23 +122,24 @@ INNER void second_block(const kvc_score_job *j, const kvc_score_head *view, int6
     }
 }
 
-#define BLOCKS(name, wide, ...)                                                                                        \
+#define BLOCKS(name, bytes, wide, ...)                                                                                 \
+    DOTS(name, bytes, wide, __VA_ARGS__)                                                                               \
     __VA_ARGS__ static bool first_##name(const kvc_score_job *j, const kvc_score_head *view, int64_t low,              \
                                          int64_t high, int64_t begin, int count, const float *rows, const float *keys, \
                                          float *most, float *total) {                                                  \
-        return first_block(j, view, low, high, begin, count, rows, keys, most, total, wide);                           \
+        return first_block(j, view, low, high, begin, count, rows, keys, most, total, dots_##name);                    \
     }                                                                                                                  \
     __VA_ARGS__ static void second_##name(const kvc_score_job *j, const kvc_score_head *view, int64_t low,             \
                                           int64_t high, int64_t begin, int count, const float *rows,                   \
                                           const float *keys, double *sums) {                                           \
-        second_block(j, view, low, high, begin, count, rows, keys, sums, wide);                                        \
+        second_block(j, view, low, high, begin, count, rows, keys, sums, dots_##name);                                 \
     }                                                                                                                  \
     static const kvc_score_blocks blocks_##name = {first_##name, second_##name};
 
-BLOCKS(base, 1)
+BLOCKS(base, 16, 2)
 #ifdef KVC_HAVE_X86_ISAS
-BLOCKS(avx2, 1, __attribute__((target("avx2,fma"))))
-BLOCKS(avx512, 4, __attribute__((target("avx512f,prefer-vector-width=512"))))
+BLOCKS(avx2, 32, 2, __attribute__((target("avx2,fma"))))
+BLOCKS(avx512, 64, 4, __attribute__((target("avx512f,prefer-vector-width=512"))))
 #endif
 
 const kvc_score_blocks *kvc_score_blocks_for(const kvc_attend_tile *tile) {
