@@ -254,6 +254,26 @@ def test_more_rows_than_share_a_block(m: int) -> None:
     assert all(np.array_equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("m, k", [(1, 70), (5, 33), (9, 129), (70, 300), (257, 513)])
+def test_rows_of_bfloat16(m: int, k: int, group: int) -> None:
+    """Which some processors multiply in pairs."""
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(normal(m, m, k)).bfloat16()
+    w, out = normal(k, 70, k), torch.full((m, 70), torch.nan)
+    for bits in (-1, 3, 5):
+        packed, exponent = pack(w, group, bits)
+        dense = unpack(packed, w.shape, group, bits, exponent)[0].astype(np.float64)
+        for threads in (1, 3):
+            _C.w4_matmul(out, x, packed, None, None, group, bits, exponent, threads, 0)
+            wide = x.double().numpy()
+            size = abs(wide) @ abs(dense).T
+            assert (abs(out.double().numpy() - wide @ dense.T) <= 2.0**-20 * size).all()
+    x[m // 2, k // 2] = torch.nan
+    _C.w4_matmul(out, x, packed, None, None, group, bits, exponent, 0, 0)
+    assert torch.equal(out.isnan().any(dim=1), torch.arange(m) == m // 2) and out[m // 2].isnan().all()
+
+
 def test_instruction_sets_agree(tmp_path: Any) -> None:
     import os
     import subprocess

@@ -24,6 +24,7 @@ const kvc_w4_tile *kvc_w4_tiles(void) {
 typedef struct {
     const kvc_w4_matmul_args *args;
     const kvc_w4_tile *tile;
+    const kvc_w4_pairs *pairs;    /* NULL: x is brought to float32 */
     int64_t parts, blocks, bytes; /* parts of x's rows, blocks of a strip, bytes of a block */
     int inputs, most;             /* inputs of a block, rows of a part */
 } matmul_job;
@@ -61,16 +62,31 @@ typedef struct {
 static void many_rows(const matmul_job *job, int64_t strip, int64_t first, int count) {
     const kvc_w4_matmul_args *args = job->args;
     const kvc_w4_shape *shape = &args->shape;
+    const int whole = shape->group > 64 ? shape->group : 64; /* inputs that are decoded together */
     memory at;
     memset(at.sums, 0, (size_t)count * KVC_W4_ROWS * sizeof *at.sums);
     for (int64_t b = 0; b < job->blocks; b++) {
         const uint8_t *block = (const uint8_t *)args->packed.data + (strip * job->blocks + b) * job->bytes;
         const int64_t left = shape->k - b * job->inputs;
         const int inputs = (int)(left < job->inputs ? left : job->inputs);
+        const int used = (inputs + whole - 1) / whole * whole;
         load_scales(job, at.scales, block);
-        job->tile->decode(at.tile, (const uint32_t *)block, at.scales, job->inputs, shape->group);
+        if (job->pairs)
+            job->pairs->decode((uint32_t *)at.tile, (const uint32_t *)block, used);
+        else
+            job->tile->decode(at.tile, (const uint32_t *)block, at.scales, used, shape->group);
         for (int i = 0; i < count; i += KVC_W4_AT_ONCE) {
             const int some = count - i < KVC_W4_AT_ONCE ? count - i : KVC_W4_AT_ONCE;
+            if (job->pairs) {
+                uint16_t *const x = (uint16_t *)at.x;
+                for (int k = 0; k < some; k++) {
+                    memcpy(x + k * job->inputs, row_at(&args->x, first + i + k, b * job->inputs), 2 * (size_t)inputs);
+                    memset(x + k * job->inputs + inputs, 0, 2 * (size_t)(used - inputs));
+                }
+                job->pairs->multiply(at.sums + i * KVC_W4_ROWS, (const uint32_t *)at.tile, at.scales, x, some,
+                                     job->inputs, used, shape->group);
+                continue;
+            }
             for (int k = 0; k < some; k++)
                 job->tile->load(at.x + k * job->inputs, row_at(&args->x, first + i + k, b * job->inputs), args->x.dtype,
                                 inputs);
@@ -132,6 +148,7 @@ kvc_status kvc_w4_matmul_cpu(const kvc_w4_matmul_args *args, kvc_stream stream) 
     if (m == 0 || shape->n == 0) return KVC_OK;
     matmul_job job = {.args = args,
                       .tile = kvc_w4_tiles(),
+                      .pairs = args->x.dtype == KVC_BFLOAT16 ? kvc_w4_pairs_here() : NULL,
                       .blocks = kvc_w4_blocks(shape->k, shape->group, shape->scale_bits),
                       .bytes = kvc_w4_block_bytes(shape->group, shape->scale_bits),
                       .inputs = kvc_w4_block_inputs(shape->group, shape->scale_bits),

@@ -26,3 +26,16 @@ typedef struct {
 } kvc_w4_tile;
 
 const kvc_w4_tile *kvc_w4_tiles(void); /* the best for this machine; KVCOMP_SIMD=base|avx2|avx512 limits it */
+
+/* bfloat16 rows of x, in pairs of inputs. */
+typedef struct {
+    /* Codes of a block as bfloat16, without their scales: pairs[input / 2][64 rows], 64-aligned. */
+    void (*decode)(uint32_t *pairs, const uint32_t *words, int inputs);
+    /* sums[m][64 rows] += x[m][0 .. inputs-1] * block for `count` rows of x, `pitch` apart; inputs: whole groups;
+     * scales[group of the block][64 rows]; all 64-aligned. */
+    void (*multiply)(float *sums, const uint32_t *pairs, const float *scales, const uint16_t *x, int count, int pitch,
+                     int inputs, int group);
+} kvc_w4_pairs;
+
+/* NULL: the machine does not multiply them, or KVCOMP_SIMD is given. */
+const kvc_w4_pairs *kvc_w4_pairs_here(void);
