@@ -3,9 +3,9 @@
  *
  * A program of its own; scripts/l2_rate.py builds it (sm_90a), runs it and writes what it found. It prints an object in
  * JSON for each case, a line each. Usage: l2_rate [SAMPLES]. Exit codes: 0; 1, CUDA failed; 2, no GPU of compute
- * capability 9.0, or bad arguments. Copies and barriers are those of the product's kernel. */
+ * capability 9.0, or bad arguments. Copies, barriers and tensor maps are those of the product's kernel. */
 #define KVC_BSR_GUARD /* a barrier that waits for seconds traps */
-#include "bsr_hopper.cuh"
+#include "bsr_wgmma_launch.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -170,21 +170,13 @@ void must(cudaError_t error, const char *call) {
 }
 #define MUST(call) must(call, #call)
 
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                    const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-encode_function encode;
-
 /* Of 16-bit elements; boxes of 64 by `box`. */
 CUtensorMap map_of(void *memory, int rank, uint64_t columns, uint64_t rows, uint64_t pitch_bytes, uint32_t box) {
     CUtensorMap map;
-    const cuuint64_t sides[3] = {columns, rows, 1}, pitches[2] = {pitch_bytes, pitch_bytes * rows};
-    const cuuint32_t boxes[3] = {64, box, 1}, steps[3] = {1, 1, 1};
-    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, memory, sides, pitches, boxes, steps,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) {
-        fprintf(stderr, "l2_rate: cuTensorMapEncodeTiled: expected success, got error %d\n", (int)error);
+    const uint64_t sides[3] = {columns, rows, 1}, pitches[2] = {pitch_bytes, pitch_bytes * rows};
+    const uint32_t boxes[3] = {64, box, 1};
+    if (!encode(&map, KVC_BFLOAT16, rank, memory, sides, pitches, boxes, true, CU_TENSOR_MAP_L2_PROMOTION_L2_256B)) {
+        fprintf(stderr, "l2_rate: cuTensorMapEncodeTiled: expected a tensor map, got none\n");
         exit(1);
     }
     return map;
@@ -271,10 +263,6 @@ int main(int argc, char **argv) {
         fprintf(stderr, "l2_rate: expected a GPU of compute capability 9.0, got none\n");
         return 2;
     }
-    void *function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    MUST(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    encode = (encode_function)function;
     memory m;
     const uint32_t dense_words = ROWS * (PITCH / 2), values_words = HALVES * SIDE * 32;
     MUST(cudaMalloc((void **)&m.dense, 4ull * dense_words));

@@ -148,7 +148,7 @@ kvc_status kvc_w4_matmul_cpu(const kvc_w4_matmul_args *args, kvc_stream stream) 
     if (m == 0 || shape->n == 0) return KVC_OK;
     matmul_job job = {.args = args,
                       .tile = kvc_w4_tiles(),
-                      .pairs = args->x.dtype == KVC_BFLOAT16 ? kvc_w4_pairs_here() : NULL,
+                      .pairs = m > KVC_W4_FEW && args->x.dtype == KVC_BFLOAT16 ? kvc_w4_pairs_here() : NULL,
                       .blocks = kvc_w4_blocks(shape->k, shape->group, shape->scale_bits),
                       .bytes = kvc_w4_block_bytes(shape->group, shape->scale_bits),
                       .inputs = kvc_w4_block_inputs(shape->group, shape->scale_bits),

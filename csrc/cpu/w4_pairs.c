@@ -9,28 +9,10 @@
 #include <immintrin.h>
 
 #include "cpu/attend_tile.h"
+#include "cpu/w4_words.h"
 
 #define HERE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
 #define INLINE static inline __attribute__((always_inline)) HERE
-
-/* of[j]: word j of each of the eight rows of sixteen words from `words` on, turned back by two bits; twice. */
-INLINE void transpose(__m512i of[16], const uint32_t *words) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    __m512i a[8], b[8];
-    for (int r = 0; r < 8; r++) a[r] = _mm512_ror_epi32(_mm512_loadu_si512(words + 16 * r), 2);
-    for (int turn = 0; turn < 3; turn++) { /* each moves the row's highest bit behind the word's lowest */
-        for (int i = 0; i < 4; i++) {
-            b[2 * i] = _mm512_permutex2var_epi32(a[i], low, a[i + 4]);
-            b[2 * i + 1] = _mm512_permutex2var_epi32(a[i], high, a[i + 4]);
-        }
-        for (int i = 0; i < 8; i++) a[i] = b[i];
-    }
-    for (int j = 0; j < 16; j += 2) {
-        of[j] = _mm512_shuffle_i64x2(a[j / 2], a[j / 2], 0x44);
-        of[j + 1] = _mm512_shuffle_i64x2(a[j / 2], a[j / 2], 0xee);
-    }
-}
 
 HERE static void decode(uint32_t *pairs, const uint32_t *words, int inputs) {
     /* -8 .. 7, and again: a code comes with a bit of the next one above it */
@@ -39,17 +21,15 @@ HERE static void decode(uint32_t *pairs, const uint32_t *words, int inputs) {
                                          0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
                                          0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
     const __m512i table = _mm512_loadu_si512(numbers);
-    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
     for (int chunk = 0; chunk < inputs / 64; chunk++)
         for (int t = 0; t < 4; t++) {
-            __m512i of[16];
-            transpose(of, words + (chunk * 4 + t) * 128);
+            kvc_words of[16];
+            kvc_words_by_input(of, words, chunk, t);
             for (int j = 0; j < 16; j++)
                 for (int high = 0; high < 2; high++) {
-                    const __m512i shift = _mm512_add_epi32(half, _mm512_set1_epi32(8 * high));
                     const int pair = 32 * chunk + 8 * (j & 3) + (j >> 2) + 4 * high;
                     _mm512_store_si512(pairs + pair * KVC_W4_ROWS + 16 * t,
-                                       _mm512_permutexvar_epi16(_mm512_srlv_epi32(of[j], shift), table));
+                                       _mm512_permutexvar_epi16((__m512i)(of[j] >> kvc_words_shift(high)), table));
                 }
         }
 }

@@ -1,15 +1,13 @@
 /* w4_tile.c: products with one block of 4-bit weights. Built once per instruction set with KVC_ISA=base|avx2|avx512;
- * 16-float vectors are the compiler's, so the code is the same for all.
- *
- * The 16 words of lanes 4*r .. 4*r+3 hold rows r and r + 8 of a tile and 64 inputs: vector element 4*c + s is input
- * 16*s + 2*c + odd + 8*high of nibble (odd, high). */
+ * 16-float vectors are the compiler's, so the code is the same for all, but for how many sums the registers hold. */
 #include "cpu/w4_tile.h"
 #include "cpu/w4_format.h"
+#include "cpu/w4_words.h"
 
 #include <string.h>
 
 typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
+typedef kvc_words vu;
 typedef int32_t vi __attribute__((vector_size(64)));
 
 #define NAME2(name, isa) name##_##isa
@@ -21,13 +19,6 @@ typedef int32_t vi __attribute__((vector_size(64)));
 
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE vf splat(float x) { return x - (vf){0}; }
-
-/* Sixteen words of rows r and r + 8 of tile `tile`, in 64 inputs `chunk`. */
-INLINE vu load_words(const uint32_t *words, int chunk, int tile, int r) {
-    vu v;
-    memcpy(&v, words + ((chunk * 4 + tile) * 32 + 4 * r) * 4, sizeof v);
-    return v >> 2 | v << 30;
-}
 
 /* The numbers of the nibbles from bit `shift` on. */
 INLINE vf numbers(vu words, vu shift) {
@@ -50,7 +41,7 @@ INLINE void few_of(float *sums, const uint32_t *words, const float *scales, cons
     for (int chunk = 0; chunk < inputs / 64; chunk++, x += 4 * m)
         for (int tile = 0; tile < 4; tile++)
             for (int r = 0; r < 8; r++) {
-                const vu v = load_words(words, chunk, tile, r);
+                const vu v = kvc_load_words(words, chunk, tile, r);
                 for (int half = 0; half < 2; half++) {
                     const int row = 16 * tile + 8 * half + r;
                     vf part[KVC_W4_FEW];
@@ -86,33 +77,16 @@ static void few(float *sums, const uint32_t *words, const float *scales, const f
     }
 }
 
-/* of[j]: word j of each of the eight vectors, which are rows of sixteen words; twice. */
-INLINE void transpose(vu *of, const vu *rows) {
-    const vu low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
-    vu a[8], b[8];
-    memcpy(a, rows, sizeof a);
-    for (int turn = 0; turn < 3; turn++) { /* each moves the row's highest bit behind the word's lowest */
-        for (int i = 0; i < 4; i++) {
-            b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low);
-            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high);
-        }
-        memcpy(a, b, sizeof a);
-    }
-    const vu even = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
-    for (int j = 0; j < 16; j++) of[j] = __builtin_shuffle(a[j / 2], even + 8 * (j & 1));
-}
-
 static void decode(float *tile, const uint32_t *words, const float *scales, int inputs, int group) {
     for (int chunk = 0; chunk < inputs / 64; chunk++)
         for (int t = 0; t < 4; t++) {
-            vu rows[8], of[16];
-            for (int r = 0; r < 8; r++) rows[r] = load_words(words, chunk, t, r);
-            transpose(of, rows);
+            vu of[16];
+            kvc_words_by_input(of, words, chunk, t);
             for (int j = 0; j < 16; j++) {
                 const int first = 64 * chunk + 16 * (j & 3) + 2 * (j >> 2); /* within 16 inputs of one group */
                 const vf scale = load(scales + first / group * KVC_W4_ROWS + 16 * t);
                 for (int e = 0; e < 4; e++) {
-                    const vu shift = (vu){0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4} + 16 * (e & 1) + 8 * (e >> 1);
+                    const vu shift = kvc_words_shift(e >> 1) + 16 * (e & 1);
                     *(vf *)(tile + (first + (e & 1) + 8 * (e >> 1)) * KVC_W4_ROWS + 16 * t) =
                         numbers(of[j], shift) * scale;
                 }

@@ -153,9 +153,8 @@ def bench(
     save: Callable[[dict[str, Any]], None] = lambda found: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine, versions, seed and
-    way of decoding; ``save`` is
-    called with what is there after every part. ValueError for settings out of range."""
+    """A results object of kind ``decode``. ``before``: one to go on with, of the same machine, versions, seed and way
+    of decoding; ``save`` is called with what is there after every part. ValueError for settings out of range."""
     _check(settings)
     began = time.perf_counter()
     device = torch.device(settings.device)
