@@ -356,7 +356,7 @@ template <int WARPS> struct fetcher {
                     } else if (ended) {
                         note.list = NO_LIST;
                         bytes = 0;
-                        ready = first = true;
+                        ready = first = moved = true;
                     }
                 }
             }

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 import kvcomp  # noqa: E402
-from kvcomp.hf import context, loop  # noqa: E402
+from kvcomp.hf import context, graph, loop, step  # noqa: E402
 from test_hf_generate import EXACT, padded  # noqa: E402
 from test_hf_models import build, tokens  # noqa: E402
 
@@ -171,3 +171,50 @@ def test_where_it_is_used(graphs: bool, model: Any, monkeypatch: pytest.MonkeyPa
         with kvcomp.compress(model, EXACT, graphs=graphs):
             out = model.generate(tokens(1, 20), max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert len(calls) == used and out.shape == plain.shape
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_pass_is_asked_for_when_nothing_is_left_to_do(
+    compiles: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside compress: the same tokens and passes, ended early too, and a cache that goes on as it should."""
+    monkeypatch.setattr(context, "_kind_of", lambda model: "cuda")
+    monkeypatch.setattr(graph, "compiled_layer", lambda options: step._run_layer)  # without the compiler
+    given: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    plain = model.generate(tokens(1, 40), **given, past_key_values=kvcomp.Cache(model.config, EXACT))
+    end = int(plain[0, 45])
+    waits: list[bool] = []
+    wait = loop._Flag.wait
+
+    def waiting(flag: Any) -> bool:
+        waits.append(model.__class__.forward is not model.forward and bool(asked))
+        return wait(flag)
+
+    asked: list[bool] = []
+    monkeypatch.setattr(loop._Flag, "wait", waiting)
+    with kvcomp.compress(model, EXACT, compile=compiles) as packing:
+        ask = packing.steps._ask
+
+        def noting() -> None:
+            asked.append(True)
+            ask()
+            asked.clear()
+
+        monkeypatch.setattr(packing.steps, "_ask", noting)
+        assert torch.equal(model.generate(tokens(1, 40), **given), plain)
+        out = model.generate(tokens(1, 40), **given | {"eos_token_id": end}, return_dict_in_generate=True)
+        first = plain[0, 40:].tolist().index(end) + 1
+        assert out.sequences.shape == (1, 40 + first) and torch.equal(out.sequences, plain[:, : 40 + first])
+        assert out.past_key_values.get_seq_length() == 40 + first - 1
+        rest = model.generate(
+            out.sequences, **given | {"max_new_tokens": 8 - first}, past_key_values=out.past_key_values
+        )
+        assert torch.equal(rest, plain)
+        assert waits and all(waits)
+        waits.clear()
+        hook = model.register_forward_pre_hook(lambda *_: None)  # sees passes that are called for: asked before
+        try:
+            assert torch.equal(model.generate(tokens(1, 40), **given), plain)
+        finally:
+            hook.remove()
+        assert waits and not any(waits)

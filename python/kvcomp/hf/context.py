@@ -6,6 +6,8 @@ import inspect
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from ..policy import Policy
 from . import loop
 from .attention import register, set_implementation
@@ -64,7 +66,8 @@ class Compressing:
             if kwargs.get("past_key_values") is None and self._generate_caches(args, kwargs):
                 kwargs["past_key_values"] = self._fresh()
             if self._graphs and _kind_of(model) == "cuda" and len(args) <= 1 and loop.takes(model, kwargs):
-                kwargs["custom_generate"] = loop.decode
+                steps = self.steps if _runs(model, run, self._hook) else None
+                kwargs["custom_generate"] = functools.partial(loop.decode, steps=steps)
             return plain(*args, **kwargs)
 
         @functools.wraps(forward)
@@ -127,6 +130,16 @@ class Compressing:
             else:
                 kwargs = kwargs | {"past_key_values": self._fresh()}
         return args, kwargs
+
+
+def _runs(model: Any, forward: Any, hook: Any) -> bool:
+    """Whether a call of the model is a call of `forward` and of nothing else but `hook` before it."""
+    return (
+        vars(model).get("forward") is forward
+        and list(model._forward_pre_hooks) == [hook.id]
+        and not model._forward_hooks_always_called
+        and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def _kind_of(model: Any) -> str:

@@ -54,6 +54,10 @@ class _Kinds:
             self.recorded.clear()
 
 
+class Ended(Exception):
+    """No pass is wanted any more: `Steps.asking`."""
+
+
 class Steps:
     """Runs the decode steps of one model.
 
@@ -76,10 +80,32 @@ class Steps:
         self._parts: Parts | None = None
         self._kinds: weakref.WeakKeyDictionary[Any, _Kinds] = weakref.WeakKeyDictionary()
         self._side: torch.cuda.Stream | None = None
+        self._ended: Callable[[], bool] | None = None
         self.replays = 0
+
+    @contextlib.contextmanager
+    def asking(self, ended: Callable[[], bool]) -> Iterator[None]:
+        """Inside, the first pass asks `ended` when all is prepared and nothing has run yet. Where that is so, Ended is
+        raised in the pass's place."""
+        self._ended = ended
+        try:
+            yield
+        finally:
+            self._ended = None
+
+    def _ask(self) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None and ended():
+            raise Ended
 
     def run(self, given: dict[str, Any]) -> Any:
         """The output of a forward pass with these arguments; None: it is not for here."""
+        out = self._run(given)
+        if out is None:
+            self._ask()
+        return out
+
+    def _run(self, given: dict[str, Any]) -> Any:
         step = step_of(given)
         if step is None or self._model.training or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
@@ -110,6 +136,7 @@ class Steps:
         compiled = self._layer_function() if compiles and parts.decoders else None
         if compiled is not None and self._joins:
             self._join(parts)
+        self._ask()
         if packed.stacked is None:
             return self._eager(step, parts, compiled)
         packed.stacked.begin_step(1, None)

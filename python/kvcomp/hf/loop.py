@@ -2,8 +2,8 @@
 
 What it computes is what transformers' `_sample` computes, in the same order. transformers waits for the GPU after every
 token to learn whether all sequences have ended, and prepares the next step while the GPU has nothing to do. Here the
-next step is prepared while the GPU is still at this one: the answer is waited for right before the forward pass, so
-that no pass runs that transformers would not run."""
+next step is prepared while the GPU is still at this one: the answer is waited for when nothing is left to do but to
+start the pass, so that no pass runs that transformers would not run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
+
+from .graph import Ended, Steps
 
 # Of generate: what another loop than this one takes, or what makes it another. Left out, None or False: this one.
 _OTHERS = (
@@ -50,13 +52,17 @@ def decode(
     generation_config: Any,
     synced_gpus: bool = False,
     streamer: Any = None,
+    *,
+    steps: Steps | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """generate's ``custom_generate``, for calls that `takes` allows: the arguments and the result of `_sample`."""
+    """generate's ``custom_generate``, for calls that `takes` allows: the arguments and the result of `_sample`. steps:
+    what runs the model's passes; None: nobody knows, and the model is not called before it is known that it has to be.
+    """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or synced_gpus or streamer is not None:
         raise NotImplementedError(f"generate: expected one answer a prompt, greedy or sampled, got {mode.value}")
-    return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, steps, model_kwargs)
 
 
 class _Flag:
@@ -86,6 +92,7 @@ def _decode(
     logits_processor: Any,
     stopping_criteria: Any,
     config: Any,
+    steps: Steps | None,
     model_kwargs: dict[str, Any],
 ) -> Any:
     returns = config.return_dict_in_generate
@@ -118,9 +125,16 @@ def _decode(
             inputs = model.prepare_inputs_for_generation(
                 ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
             )
-            if ended.wait():
+            if steps is None:
+                if ended.wait():
+                    break
+                outputs = model(**inputs, return_dict=True)
+                continue
+            try:
+                with steps.asking(ended.wait):
+                    outputs = model(**inputs, return_dict=True)
+            except Ended:
                 break
-            outputs = model(**inputs, return_dict=True)
     if not returns:
         return ids
     cache = model_kwargs.get("past_key_values")
