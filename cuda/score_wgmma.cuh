@@ -2,9 +2,9 @@
  * of 16 bytes, logits without a softcap.
  *
  * A block stays on its multiprocessor and takes spans (score_job.cuh) in turns. Four warps copy: 256 rows that are held
- * into a place of their own, tiles of 64 rows that pass by into a ring, some tiles ahead and across spans. Two groups
- * of four warps have 128 held rows each as fragments in registers, 64 for each of two products: while the tensor cores
- * make one, the warps take exponentials of the other.
+ * into one of two places, tiles of 64 rows that pass by into a ring, some tiles ahead and across spans. Four groups of
+ * four warps have 64 held rows each as fragments in registers: while the tensor cores make one group's product, the
+ * others take exponentials of theirs.
  *
  * Rows lie in shared memory piece by piece: 16 bytes of all rows, then the next 16 of all. Eight rows' pieces are the
  * 128 bytes that copies, ldmatrix and wgmma (no swizzle) want together.
@@ -19,17 +19,17 @@ namespace {
 template <int DTYPE, int D> struct hopper_shape {
     static constexpr bool brain = DTYPE == KVC_BFLOAT16;
     static constexpr int pieces = D / 8, steps = D / 16;
-    static constexpr int m_rows = 64, m_tiles = 2,
-                         groups = 2; /* a product's rows; products and warpgroups of a block */
-    static constexpr int held = m_rows * m_tiles * groups, passing = 64;
+    static constexpr int m_rows = 64, groups = 4; /* a product's rows; warpgroups that multiply */
+    static constexpr int held = m_rows * groups, passing = 64;
     static constexpr int copiers = 128, threads = 128 * groups + copiers;
     static constexpr int held_bytes = 16 * pieces * held, tile_bytes = 16 * pieces * passing;
     static constexpr int pair_bytes = 8 * passing; /* that go with a tile's rows in the second pass */
-    static constexpr int ring = 8, ahead = 4;      /* tiles; copies under way before the oldest is waited for */
-    static constexpr int full = held_bytes + ring * (tile_bytes + pair_bytes); /* barriers: of tiles that have come, */
-    static constexpr int empty = full + 8 * ring;                              /* have been used, */
-    static constexpr int held_read = empty + 8 * ring;                         /* of held rows that are in registers */
-    static constexpr int shared_bytes = held_read + 8;
+    static constexpr int ring = 5, ahead = 2;      /* tiles; copies under way before the oldest is waited for */
+    static constexpr int tiles = 2 * held_bytes, pairs = tiles + ring * tile_bytes; /* where they begin */
+    static constexpr int full = pairs + ring * pair_bytes; /* barriers: of tiles that have come, */
+    static constexpr int empty = full + 8 * ring;          /* have been used, */
+    static constexpr int held_read = empty + 8 * ring;     /* of held rows that are in registers, two */
+    static constexpr int shared_bytes = held_read + 2 * 8;
     static_assert(D % 16 == 0 && shared_bytes <= 227 << 10, "whole steps, a block's shared memory");
     static_assert(held <= KVC_SCORE_BLOCK_ROWS && passing >= KVC_SCORE_TILE_ROWS, "the workspace is enough");
 };
@@ -121,7 +121,7 @@ template <typename S, bool FIRST> __device__ __forceinline__ span span_of(const 
 template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(const call &a, int spans, uint32_t base) {
     const int thread = threadIdx.x - 128 * S::groups;
     place<S> to, come; /* where the next tile goes; the oldest that is under way */
-    int under_way = 0;
+    int under_way = 0, tiles = 0, held_at = 0; /* tiles: of the span before */
     uint32_t held_parity = 1;
     const auto publish = [&] {
         fence_async();
@@ -135,24 +135,29 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
     for (int block = blockIdx.x; block < spans; block += gridDim.x) {
         const span p = span_of<S, FIRST>(a, block);
         if (!p.there || p.begin >= p.end) continue;
-        publish_all(); /* who is to read the held rows needs the tiles that came with them */
-        barrier_wait(base + S::held_read, held_parity);
-        held_parity ^= 1;
+        /* The held rows of two spans ago have been read once the first tile of theirs is known to be there: it is, where
+         * more tiles have followed than may be under way. */
+        if (tiles <= S::ahead) publish_all();
+        tiles = p.end - p.begin;
+        barrier_wait(base + S::held_read + 8 * held_at, held_parity);
+        const uint32_t held = base + held_at * S::held_bytes;
+        held_at ^= 1;
+        if (held_at == 0) held_parity ^= 1;
         const key_rows keys = keys_of(a, p.v, p.list);
         const query_rows queries = queries_of(a, p.v, p.list);
         if constexpr (FIRST)
-            copy_rows<S, S::held>(base, queries, p.low);
+            copy_rows<S, S::held>(held, queries, p.low);
         else
-            copy_rows<S, S::held>(base, keys, p.low);
+            copy_rows<S, S::held>(held, keys, p.low);
         for (int tile = p.begin; tile < p.end; tile++) {
             barrier_wait(base + S::empty + 8 * to.at, to.parity ^ 1);
-            const uint32_t there = base + S::held_bytes + to.at * S::tile_bytes;
+            const uint32_t there = base + S::tiles + to.at * S::tile_bytes;
             if constexpr (FIRST) {
                 copy_rows<S, S::passing>(there, keys, tile * S::passing);
             } else {
                 copy_rows<S, S::passing>(there, queries, tile * S::passing);
                 if (thread < S::passing / 2)
-                    copy_piece(base + S::held_bytes + S::ring * S::tile_bytes + to.at * S::pair_bytes + 16 * thread,
+                    copy_piece(base + S::pairs + to.at * S::pair_bytes + 16 * thread,
                                a.rows + (int64_t)p.list * a.padded + tile * S::passing + 2 * thread, true);
             }
             copies_end_group();
@@ -171,89 +176,66 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
 /* The warps that multiply. */
 template <typename S, bool FIRST>
 __device__ __forceinline__ void multiply_spans(const call &a, int spans, const char *shared, uint32_t base) {
-    const int lane = threadIdx.x & 31, mine = threadIdx.x / 128 * S::m_rows * S::m_tiles + threadIdx.x / 32 % 4 * 16;
+    const int lane = threadIdx.x & 31, mine = threadIdx.x / 32 * 16;
     place<S> at;
+    int held_at = 0;
     for (int block = blockIdx.x; block < spans; block += gridDim.x) {
         const span p = span_of<S, FIRST>(a, block);
         if (!p.there) continue;
         const list_view &v = p.v;
         const int row = p.low + mine + (lane >> 2);
-        float most[S::m_tiles][1][2], total[S::m_tiles][1][2];
+        float most[1][2], total[1][2];
 #pragma unroll
-        for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                most[m][0][i] = -CUDART_INF_F;
-                total[m][0][i] = 0.0f;
-            }
+        for (int i = 0; i < 2; i++) {
+            most[0][i] = -CUDART_INF_F;
+            total[0][i] = 0.0f;
+        }
         const int bound = FIRST ? end_of(a, v, p.low) : begin_of(a, v, min(p.low + S::held, a.s) - 1);
-        /* What a tile's logits add to the sums of 64 rows held. */
-        const auto take = [&](float (&x)[1][8][4], int m, int tile) {
-            const int column = tile * S::passing + 2 * (lane & 3);
-            const int here = row + S::m_rows * m;
-            if constexpr (FIRST) {
-                if (tile * S::passing < v.first || (tile + 1) * S::passing > bound)
-                    mask(x, a, column,
-                         [&](int, int half) { return make_int2(v.first, end_of(a, v, here + 8 * half)); });
-                add_to_rows(most[m], total[m], x, a.scale);
-            } else {
-                if (tile * S::passing < bound)
-                    mask(x, a, column,
-                         [&](int, int half) { return make_int2(begin_of(a, v, here + 8 * half), INT_MAX); });
-                const char *pairs = shared + S::held_bytes + S::ring * S::tile_bytes + at.at * S::pair_bytes;
-                float sum[1][2] = {};
-                add_to_tokens(sum, x, (const float4 *)pairs + (lane & 3), a.scale);
-#pragma unroll
-                for (int i = 0; i < 2; i++) total[m][0][i] += sum[0][i];
-            }
-        };
         if (p.begin < p.end) {
-            const auto here = [&] { return base + S::held_bytes + at.at * S::tile_bytes; };
-            const auto used = [&] {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(base + S::empty + 8 * at.at);
-            };
-            uint32_t held[S::m_tiles][S::steps][4];
-            float x[2][1][8][4];
+            uint32_t held[S::steps][4];
             barrier_wait(base + S::full + 8 * at.at, at.parity); /* with the span's first tile come its held rows */
 #pragma unroll
-            for (int m = 0; m < S::m_tiles; m++)
-#pragma unroll
-                for (int k = 0; k < S::steps; k++)
-                    load_matrices(held[m][k],
-                                  base + 16 * ((2 * k + (lane >> 4)) * S::held + mine + S::m_rows * m + (lane & 15)));
+            for (int k = 0; k < S::steps; k++)
+                load_matrices(held[k], base + held_at * S::held_bytes +
+                                           16 * ((2 * k + (lane >> 4)) * S::held + mine + (lane & 15)));
             __syncwarp();
-            if (lane == 0) barrier_arrive(base + S::held_read);
-            begin_products<S>(x[0], held[0], here());
-            end_products(x[0]);
+            if (lane == 0) barrier_arrive(base + S::held_read + 8 * held_at);
+            held_at ^= 1;
 #pragma unroll 1
-            for (int tile = p.begin; tile < p.end - 1; tile++) {
-                begin_products<S>(x[1], held[1], here());
-                take(x[0], 0, tile);
-                place<S> next = at;
-                next.next();
-                barrier_wait(base + S::full + 8 * next.at, next.parity);
-                end_products(x[1]);
-                begin_products<S>(x[0], held[0], base + S::held_bytes + next.at * S::tile_bytes);
-                take(x[1], 1, tile);
-                end_products(x[0]);
-                used();
-                at = next;
-            }
-            begin_products<S>(x[1], held[1], here());
-            take(x[0], 0, p.end - 1);
-            end_products(x[1]);
-            take(x[1], 1, p.end - 1);
-            used();
-            at.next();
-        }
+            for (int tile = p.begin; tile < p.end; tile++) {
+                barrier_wait(base + S::full + 8 * at.at, at.parity);
+                float x[1][8][4];
+                begin_products<S>(x, held, base + S::tiles + at.at * S::tile_bytes);
+                end_products(x);
+                const auto used = [&] {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(base + S::empty + 8 * at.at);
+                };
+                const int column = tile * S::passing + 2 * (lane & 3);
+                if constexpr (FIRST) {
+                    used();
+                    if (tile * S::passing < v.first || (tile + 1) * S::passing > bound)
+                        mask(x, a, column,
+                             [&](int, int half) { return make_int2(v.first, end_of(a, v, row + 8 * half)); });
+                    add_to_rows(most, total, x, a.scale);
+                } else {
+                    if (tile * S::passing < bound)
+                        mask(x, a, column,
+                             [&](int, int half) { return make_int2(begin_of(a, v, row + 8 * half), INT_MAX); });
+                    const char *pairs = shared + S::pairs + at.at * S::pair_bytes;
+                    float sum[1][2] = {};
+                    add_to_tokens(sum, x, (const float4 *)pairs + (lane & 3), a.scale);
 #pragma unroll
-        for (int m = 0; m < S::m_tiles; m++) {
-            if constexpr (FIRST)
-                write_rows(a, p, row + S::m_rows * m, most[m][0], total[m][0]);
-            else
-                write_tokens(a, p, row + S::m_rows * m, total[m][0]);
+                    for (int i = 0; i < 2; i++) total[0][i] += sum[0][i];
+                    used();
+                }
+                at.next();
+            }
         }
+        if constexpr (FIRST)
+            write_rows(a, p, row, most[0], total[0]);
+        else
+            write_tokens(a, p, row, total[0]);
     }
 }
 
@@ -269,15 +251,15 @@ __global__ void __launch_bounds__(S::threads, 1) hopper_kernel(const __grid_cons
             barrier_init(base + S::full + 8 * i, S::copiers);
             barrier_init(base + S::empty + 8 * i, 4 * S::groups);
         }
-        barrier_init(base + S::held_read, 4 * S::groups);
+        for (int i = 0; i < 2; i++) barrier_init(base + S::held_read + 8 * i, 4 * S::groups);
         barrier_init_done();
     }
     __syncthreads();
     if (threadIdx.x >= 128 * S::groups) {
-        registers_give<40>();
+        registers_give<32>();
         copy_spans<S, FIRST>(a, spans, base);
     } else {
-        registers_take<232>();
+        registers_take<112>();
         multiply_spans<S, FIRST>(a, spans, shared, base);
     }
 #endif

@@ -35,7 +35,7 @@ def state_of(lists: list[list[Page]], capacity: int) -> tuple[np.ndarray[Any, An
     for i, pages in enumerate(lists):
         tail = Cache.tail_of(pages)
         for j, (k_bits, v_bits, tokens) in enumerate(pages):
-            table[i, j] = i * capacity + j | k_bits << 32 | v_bits << 40 | tokens << 48
+            table[i, j] = i << 16 | j | k_bits << 32 | v_bits << 40 | tokens << 48
         state[i] = len(pages), tail, sum(page[2] for page in pages[tail:]), sum(page[2] for page in pages)
     return table, state
 

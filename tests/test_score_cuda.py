@@ -146,10 +146,11 @@ def test_strides_and_places() -> None:
         want = run(view[0].contiguous(), view[1].contiguous(), [0, 9], 0.1)
         torch.testing.assert_close(run(*view, [0, 9], 0.1), want, rtol=0, atol=0)
         odd = [torch.empty(x.numel() + 1, dtype=dtype, device="cuda")[1:].view(x.shape).copy_(x) for x in view]
-        torch.testing.assert_close(run(odd[0], odd[1], [0, 9], 0.1), want, rtol=0, atol=0)
-        torch.testing.assert_close(run(view[0], odd[1], [0, 9], 0.1), want, rtol=0, atol=0)
+        # Other kernels take these, which add up in another order.
+        torch.testing.assert_close(run(odd[0], odd[1], [0, 9], 0.1), want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(run(view[0], odd[1], [0, 9], 0.1), want, rtol=1e-5, atol=0)
         wider = [torch.zeros(*x.shape[:-1], 67, dtype=dtype, device="cuda")[..., 2:66].copy_(x) for x in view]
-        torch.testing.assert_close(run(wider[0], wider[1], [0, 9], 0.1), want, rtol=0, atol=0)
+        torch.testing.assert_close(run(wider[0], wider[1], [0, 9], 0.1), want, rtol=1e-5, atol=0)
         for other in DTYPES:
             got = run(view[0].float() if other == torch.float32 else view[0], view[1].to(other), [0, 9], 0.1)
             exact = run(view[0].float(), view[1].to(other).float(), [0, 9], 0.1)
