@@ -22,7 +22,6 @@ struct w4_job {
     int32_t early, aligned;             /* aligned: rows of x can be copied by 16 bytes */
     int32_t tensor;                     /* w4_small: rows of x come by a tensor map */
     int32_t slots, slot_bytes, x_bytes; /* w4_small's rings; of x in a slot */
-    int32_t near;                       /* w4_small: pieces behind a ring's that are on their way to the L2 */
     int32_t run, longer;                /* w4_small: pieces of work of a block of threads, and how many have one more */
     float factor;                       /* 2^exponent */
 };

@@ -72,11 +72,6 @@ __device__ __forceinline__ void w4_copy_counted(uint32_t to, const void *from, i
                  : "memory");
 }
 
-/* A multiple of 16 bytes on the way to the L2; nobody learns when they are there. */
-__device__ __forceinline__ void w4_bring_near(const void *from, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 /* Rows of x from `row` on, 64 inputs each, in 128 bytes whose pieces of 16 lie where w4_turned says. */
 __device__ __forceinline__ void w4_copy_rows(uint32_t to, const CUtensorMap *map, int input, int row, uint32_t bar) {
     asm volatile(

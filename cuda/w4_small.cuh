@@ -18,9 +18,6 @@
 
 namespace {
 
-/* Of each warp, beyond its ring: the memory goes on while the kernel before ends, and x is waited for. */
-constexpr int NEAR = 4;
-
 /* A run: `tail` pieces, its last part, come first. */
 struct w4_run {
     int count, tail;
@@ -81,15 +78,6 @@ template <int TILES> struct w4_ring {
             w4_copy16(to + at, from + at, 16);
             if (STRIPS == 2) w4_copy16(to + a.block_bytes + at, from + second + at, 16);
         }
-#endif
-    }
-
-    /* The run's i-th piece comes to the L2, from where a slot has it sooner. */
-    __device__ __forceinline__ void bring_near(int i) const {
-#if __CUDA_ARCH__ >= 900
-        if (STRIPS > 1 || i >= run.count || lane) return;
-        const int piece = i + run.rest_from + (i < run.tail ? run.count : 0);
-        w4_bring_near(a.packed + (int64_t)piece * a.block_bytes, a.block_bytes);
 #endif
     }
 
@@ -331,7 +319,6 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1
         ring.request_weights(s, ahead);
         ahead.advance(run, a.blocks, WARPS);
     }
-    for (int s = a.slots; s < a.slots + a.near; s++) ring.bring_near(warp + s * WARPS);
     w4_let_next_begin();
     if (a.early) w4_wait_for_previous();
     ahead = begun;
@@ -371,7 +358,6 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1
                 ring.request_weights(slot, ahead);
                 ring.request_x(slot, ahead);
                 ahead.advance(run, a.blocks, WARPS);
-                if (a.near) ring.bring_near(at + WARPS * (a.slots + a.near));
             }
             if (++slot == a.slots) slot = 0, parity ^= 1;
         }
@@ -430,10 +416,7 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     if (error != cudaSuccess) return error;
     constexpr int STRIPS = w4_small_strips(TILES);
     const int pieces = (a->strips + STRIPS - 1) / STRIPS * a->blocks;
-    int grid = pieces < device->multiprocessors ? pieces : device->multiprocessors;
-    /* Hardly fewer strips than multiprocessors: one each, and nobody waits for another's sums. */
-    if (const int whole = pieces / a->blocks; whole <= grid && 16 * whole >= 15 * grid) grid = whole;
-    a->near = NEAR;
+    const int grid = pieces < device->multiprocessors ? pieces : device->multiprocessors;
     a->run = pieces / grid;
     a->longer = pieces % grid;
     cudaLaunchConfig_t config = {};
