@@ -34,10 +34,6 @@ __host__ __device__ constexpr int w4_products_at_once(int groups, int columns) {
     return columns < 128 || groups == 2 ? 4 : 1;
 }
 
-/* With few rows of x a block of threads takes half of a multiprocessor's registers and shared memory: the next launch's
- * block begins beside it. */
-__host__ __device__ constexpr bool w4_beside(int columns) { return columns <= 16; }
-
 __host__ __device__ constexpr int w4_stage_bytes(int tall, int columns) { return columns * STEP * 2 + tall * STRIP; }
 
 struct w4_plan {
@@ -334,7 +330,7 @@ __device__ __forceinline__ void w4_large_add(const w4_job &a, int split, float (
 }
 
 template <typename T, int GROUPS, int STRIPS, int COLUMNS, int GROUP>
-__global__ void __launch_bounds__(128 * (GROUPS + 1), w4_beside(COLUMNS) ? 2 : 1)
+__global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     w4_large(const __grid_constant__ w4_job a, const __grid_constant__ w4_plan plan,
              const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -363,7 +359,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), w4_beside(COLUMNS) ? 2 : 1
         if (warp == 0) w4_produce<TALL, COLUMNS>(a, plan, &map, base, full, empty, lane);
         return;
     }
-    w4_take_registers<w4_beside(COLUMNS) ? 96 : GROUPS == 2 ? 232 : 112>();
+    w4_take_registers<GROUPS == 2 ? 232 : 112>();
     if (a.early) w4_wait_for_previous(); /* out and the workspace are written below */
     const char *const mine = stages + X + group * STRIPS * STRIP;
     const int in_group = threadIdx.x & 127;
@@ -513,9 +509,7 @@ int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, const k
     plan->n_tiles = (a->strips + tall - 1) / tall;
     plan->m_tiles = (a->m + columns - 1) / columns;
     plan->steps = a->blocks * (a->inputs / STEP);
-    const int room =
-        w4_beside(columns) ? device->shared_most / 2 - 512 : device->shared_most; /* 1 KB of each is taken */
-    plan->stages = (room - 1024) / (w4_stage_bytes(tall, columns) + 16);
+    plan->stages = (device->shared_most - 1024) / (w4_stage_bytes(tall, columns) + 16);
     plan->split = 0;
     return 1024 + plan->stages * (w4_stage_bytes(tall, columns) + 16);
 }
@@ -622,13 +616,13 @@ template <typename T, int COLUMNS, int GROUP>
 cudaError_t w4_large_take(const w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
     constexpr int MOST = COLUMNS == 128 ? 256 : COLUMNS;
     using plain = w4_large_kind<T, 2, 1, COLUMNS, GROUP>;
-    using tall = w4_large_kind<T, w4_beside(COLUMNS) ? 2 : WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, GROUP>;
+    using tall = w4_large_kind<T, WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, GROUP>;
     using wide = w4_large_kind<T, 2, 1, MOST, GROUP>;
     w4_plan plans[3];
     int blocks[3] = {};
-    double clocks[3] = {HUGE_VAL, HUGE_VAL, HUGE_VAL};
+    double clocks[3] = {0.0, 0.0, HUGE_VAL};
     cudaError_t error = plain::plan(&plans[0], &blocks[0], &clocks[0], a, device);
-    if (error == cudaSuccess && !w4_beside(COLUMNS)) error = tall::plan(&plans[1], &blocks[1], &clocks[1], a, device);
+    if (error == cudaSuccess) error = tall::plan(&plans[1], &blocks[1], &clocks[1], a, device);
     if (error == cudaSuccess && a->m > COLUMNS) error = wide::plan(&plans[2], &blocks[2], &clocks[2], a, device);
     if (error != cudaSuccess) return error;
     if (clocks[2] <= clocks[1] && clocks[2] <= clocks[0]) return wide::launch(&plans[2], blocks[2], a, stream);
@@ -641,7 +635,7 @@ template <typename T> cudaError_t w4_large_any(const w4_job *a, int group, const
     (group == 32   ? w4_large_take<T, COLUMNS, 32>(a, device, stream) \
      : group == 64 ? w4_large_take<T, COLUMNS, 64>(a, device, stream) \
                    : w4_large_take<T, COLUMNS, 128>(a, device, stream))
-    return a->m <= 8 ? TAKE(8) : a->m <= 16 ? TAKE(16) : a->m <= 32 ? TAKE(32) : a->m <= 64 ? TAKE(64) : TAKE(128);
+    return a->m <= 16 ? TAKE(16) : a->m <= 32 ? TAKE(32) : a->m <= 64 ? TAKE(64) : TAKE(128);
 #undef TAKE
 }
 

@@ -1,4 +1,4 @@
-/* w4_wgmma.cuh: wgmma with weights from registers: 64 rows of W times 8, 16, 32, 64, 128 or 256 rows of x in shared
+/* w4_wgmma.cuh: wgmma with weights from registers: 64 rows of W times 16, 32, 64, 128 or 256 rows of x in shared
  * memory. */
 #pragma once
 #include "w4_ptx.cuh"
@@ -7,18 +7,6 @@ namespace {
 
 /* d += a * x of 16 inputs; x: descriptor of [rows][64 inputs] with a swizzle of 128 bytes. The last argument chooses
  * the type. */
-__device__ __forceinline__ void w4_wgmma(float (&d)[4], const uint32_t (&a)[4], uint64_t x, const __half *) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3},{%4,%5,%6,%7},%8,1,1,1,0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
-}
-
-__device__ __forceinline__ void w4_wgmma(float (&d)[4], const uint32_t (&a)[4], uint64_t x, const __nv_bfloat16 *) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3},{%4,%5,%6,%7},%8,1,1,1,0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
-}
-
 __device__ __forceinline__ void w4_wgmma(float (&d)[8], const uint32_t (&a)[4], uint64_t x, const __half *) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
                  "{%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,1,1,1,0;"
