@@ -92,6 +92,7 @@ extern "C" kvc_status kvc_w4_matmul_cuda(const kvc_w4_matmul_args *args, kvc_str
         if (i > 0) a.plane_at[i - 1] = KVC_W4_ROWS / 8 * (a.scale_bits - left);
         if (left & plane) left -= plane, a.plane_factor[i] = 1u << (15 - a.scale_bits + left);
     }
+    a.group_shift = shape->group == 32 ? 5 : shape->group == 64 ? 6 : 7;
     a.out_dtype = args->out.dtype;
     a.bias_dtype = args->bias.dtype;
     a.early = args->early;

@@ -16,6 +16,7 @@ struct w4_job {
     int32_t strips, blocks;                               /* of W; blocks of a strip */
     int32_t inputs, code_bytes, block_bytes, group_bytes; /* of a block, and of one group's scales */
     int32_t scale_bits;                                   /* of a code: 5..15, 16 */
+    int32_t group_shift;                                  /* of a group: 5, 6, 7 */
     int32_t plane_at[3];                                  /* where a group's planes of 4, 2, 1 bits begin */
     uint32_t plane_factor[4];                             /* 8, 4, 2, 1 bits -> their place in fp16; 0 where none */
     int32_t out_dtype, bias_dtype;
@@ -29,7 +30,7 @@ struct w4_job {
 /* Rows of x that w4_small takes at once: 8, 16, 32. */
 #define KVC_W4_SMALL_ROWS 32
 /* From here on w4_large takes them, where it can. */
-#define KVC_W4_LARGE_ROWS 9
+#define KVC_W4_LARGE_ROWS 17
 
 /* w4_small: tiles of 8 rows of x. */
 static inline int w4_small_tiles(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
@@ -70,4 +71,4 @@ cudaError_t kvc_w4_small_bfloat(w4_job *job, int group, const kvc_gpu *device, c
  * each multiprocessor. w4_large_half.cu, w4_large_bfloat.cu. */
 cudaError_t kvc_w4_large_half(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
 cudaError_t kvc_w4_large_bfloat(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
-static inline int64_t w4_large_words(int64_t m) { return 256 * (m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128); }
+static inline int64_t w4_large_words(int64_t m) { return 256 * (m <= 32 ? 32 : m <= 64 ? 64 : 128); }

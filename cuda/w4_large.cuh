@@ -1,4 +1,4 @@
-/* w4_large.cuh: x * W^T for more than 8 rows of x, on sm_90a: wgmma with W as its register operand.
+/* w4_large.cuh: x * W^T for more than 16 rows of x, on sm_90a: wgmma with W as its register operand.
  *
  * A tile is 128 * STRIPS rows of W (64 * STRIPS a warpgroup) times COLUMNS rows of x. One warp requests copies, x by a
  * tensor map with a swizzle of 128 bytes, W as it lies; two warpgroups turn codes into numbers, times their scales,
@@ -26,13 +26,6 @@ constexpr int CODES = KVC_W4_ROWS * STEP / 2, STRIP = CODES + SCALE_ROOM; /* of 
  * half of the loads of x from shared memory, do. */
 constexpr int WIDE_GROUPS = 4;
 constexpr int MOST_SPLIT = 8; /* blocks of a cluster, everywhere */
-
-/* Products of 16 inputs that a warpgroup has under way together, and unpacks the next of meanwhile: those of one turn
- * follow each other without a wait, which counts where few rows of x make them short. Registers allow for 1 elsewhere.
- */
-__host__ __device__ constexpr int w4_products_at_once(int groups, int columns) {
-    return columns < 128 || groups == 2 ? 4 : 1;
-}
 
 __host__ __device__ constexpr int w4_stage_bytes(int tall, int columns) { return columns * STEP * 2 + tall * STRIP; }
 
@@ -264,8 +257,7 @@ __device__ __forceinline__ void w4_large_store(const w4_job &a, const w4_end &en
 }
 
 /* Codes and scales of 64 inputs. */
-template <int STRIPS, int GROUP> struct w4_fragment {
-    static constexpr bool FINE = GROUP == 32;
+template <int STRIPS, bool FINE> struct w4_fragment {
     uint32_t word[STRIPS][4], pair[STRIPS][FINE ? 2 : 1];
 
     /* `at`: this warpgroup's strips in a stage. `before`: the 64 inputs before, where those may have the same scales.
@@ -276,15 +268,15 @@ template <int STRIPS, int GROUP> struct w4_fragment {
         for (int s = 0; s < STRIPS; s++) {
             const uint4 v = *(const uint4 *)(at + s * STRIP + chunk * 2048 + lane * 16);
             word[s][0] = v.x, word[s][1] = v.y, word[s][2] = v.z, word[s][3] = v.w;
-            if (GROUP == 128 && before) pair[s][0] = before->pair[s][0];
+            if (!FINE && before) pair[s][0] = before->pair[s][0];
         }
-        if (GROUP == 128 && before) return;
+        if (!FINE && before && a.group_shift == 7) return;
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) {
 #pragma unroll
             for (int f = 0; f < (FINE ? 2 : 1); f++) {
                 const int input = (a.inputs == STEP ? 0 : step & 1) * STEP + chunk * 64 + f * 32;
-                const int group = FINE ? input / 32 : input / GROUP;
+                const int group = FINE ? input / 32 : input >> a.group_shift;
                 pair[s][f] = w4_scale_pair(a, at + s * STRIP + CODES + group * a.group_bytes, of);
             }
         }
@@ -329,7 +321,7 @@ __device__ __forceinline__ void w4_large_add(const w4_job &a, int split, float (
     w4_cluster_met(); /* the others have read */
 }
 
-template <typename T, int GROUPS, int STRIPS, int COLUMNS, int GROUP>
+template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE>
 __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     w4_large(const __grid_constant__ w4_job a, const __grid_constant__ w4_plan plan,
              const __grid_constant__ CUtensorMap map) {
@@ -338,8 +330,6 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     constexpr int TALL = GROUPS * STRIPS, BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
     constexpr int SUMS = COLUMNS / 2, THREADS = 128 * GROUPS,
                   WORDS = STRIPS * SUMS * THREADS; /* of a thread and strip; of a tile */
-    constexpr bool FINE = GROUP == 32;
-    constexpr int BATCH = w4_products_at_once(GROUPS, COLUMNS);
     const uint32_t base = (w4_shared(memory) + 1023) & ~1023u;
     char *const stages = memory + (base - w4_shared(memory));
     const uint32_t full = base + plan.stages * BYTES, empty = full + 8 * plan.stages;
@@ -375,8 +365,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) w4_wgmma_hold(acc[s]);
         int held = -1; /* the stage whose products may still run */
-        uint32_t numbers[2][BATCH][STRIPS][4];
-        w4_fragment<STRIPS, GROUP> part[2];
+        uint32_t numbers[2][STRIPS][4];
+        w4_fragment<STRIPS, FINE> part[2];
         w4_barrier_wait(full + 8 * slot, parity);
         part[0].load(a, mine + slot * BYTES, work.from, 0, in_group, planes);
 #pragma unroll 1
@@ -392,36 +382,24 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll
                     for (int f = 0; f < (FINE ? 2 : 1); f++) w4_scaled<T>::twice(scale[s][f], part[chunk].pair[s][f]);
 #pragma unroll
-                for (int i = 0; i < 4; i += BATCH) {
-                    constexpr int TURNS = 8 / BATCH; /* of a step */
-                    const int turn = (4 * chunk + i) / BATCH;
-                    w4_wgmma_wait<1>(); /* the products of two turns ago have read their numbers */
-                    if (turn == 1) {
+                for (int i = 0; i < 4; i++) {
+                    const int at = 4 * chunk + i;
+                    w4_wgmma_wait<1>(); /* the products of two steps ago have read their numbers */
+                    if (at == 1) {
                         if (held >= 0 && lane == 0) w4_barrier_arrive(empty + 8 * held);
                         held = now;
                     }
 #pragma unroll
-                    for (int j = 0; j < BATCH; j++)
-#pragma unroll
-                        for (int s = 0; s < STRIPS; s++) {
-                            uint32_t (&four)[4] = numbers[turn & 1][j][s];
-                            asm volatile("" : "+r"(part[chunk].word[s][i + j]));
-                            w4_scaled<T>::numbers(four, part[chunk].word[s][i + j], scale[s][FINE ? (i + j) >> 1 : 0]);
-                            /* Here: not before products that still read, nor between the next ones. */
-                            asm volatile("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(four[3]));
-                        }
+                    for (int s = 0; s < STRIPS; s++)
+                        w4_scaled<T>::numbers(numbers[at & 1][s], part[chunk].word[s][i], scale[s][FINE ? i >> 1 : 0]);
                     w4_wgmma_fence();
 #pragma unroll
-                    for (int j = 0; j < BATCH; j++)
-#pragma unroll
-                        for (int s = 0; s < STRIPS; s++)
-                            w4_wgmma(acc[s], numbers[turn & 1][j][s], x + (chunk * (X / 2) + (i + j) * 32) / 16,
-                                     (const T *)nullptr);
+                    for (int s = 0; s < STRIPS; s++)
+                        w4_wgmma(acc[s], numbers[at & 1][s], x + (chunk * (X / 2) + i * 32) / 16, (const T *)nullptr);
                     w4_wgmma_commit();
                     /* What comes next is loaded behind products. */
-                    if (turn == (TURNS > 2 ? 1 : 0))
-                        part[1].load(a, mine + now * BYTES, step, 1, in_group, planes, &part[0]);
-                    if (turn == (TURNS > 2 ? TURNS / 2 + 1 : 1) && step + 1 < work.to) {
+                    if (at == 1) part[1].load(a, mine + now * BYTES, step, 1, in_group, planes, &part[0]);
+                    if (at == 5 && step + 1 < work.to) {
                         w4_barrier_wait(full + 8 * slot, parity);
                         part[0].load(a, mine + slot * BYTES, step + 1, 0, in_group, planes);
                     }
@@ -546,9 +524,9 @@ double w4_plan_of(w4_plan *plan, int *blocks, const w4_job *a, int tall, int col
     return best;
 }
 
-template <typename T, int GROUPS, int STRIPS, int COLUMNS, int GROUP> struct w4_large_kind {
+template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_large_kind {
     static constexpr int TALL = GROUPS * STRIPS; /* strips of a tile */
-    static constexpr auto *KERNEL = w4_large<T, GROUPS, STRIPS, COLUMNS, GROUP>;
+    static constexpr auto *KERNEL = w4_large<T, GROUPS, STRIPS, COLUMNS, FINE>;
 
     static void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute (&about)[2], int blocks, int split,
                           int shared) {
@@ -610,32 +588,26 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, int GROUP> struct w4_
     }
 };
 
-/* A tile of 128 rows of W, or of more rows of W or of x, which halve the reads of x or the unpacking of W and make
- * fewer tiles: what takes fewer clocks. */
-template <typename T, int COLUMNS, int GROUP>
+/* One or two strips a warpgroup: two halve the reads of x, one makes more tiles. */
+template <typename T, int COLUMNS, bool FINE>
 cudaError_t w4_large_take(const w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
-    constexpr int MOST = COLUMNS == 128 ? 256 : COLUMNS;
-    using plain = w4_large_kind<T, 2, 1, COLUMNS, GROUP>;
-    using tall = w4_large_kind<T, WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, GROUP>;
-    using wide = w4_large_kind<T, 2, 1, MOST, GROUP>;
-    w4_plan plans[3];
-    int blocks[3] = {};
-    double clocks[3] = {0.0, 0.0, HUGE_VAL};
-    cudaError_t error = plain::plan(&plans[0], &blocks[0], &clocks[0], a, device);
-    if (error == cudaSuccess) error = tall::plan(&plans[1], &blocks[1], &clocks[1], a, device);
-    if (error == cudaSuccess && a->m > COLUMNS) error = wide::plan(&plans[2], &blocks[2], &clocks[2], a, device);
+    using one = w4_large_kind<T, 2, 1, COLUMNS, FINE>;
+    using two = w4_large_kind<T, WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, FINE>;
+    w4_plan narrow, wide;
+    int narrow_blocks = 0, wide_blocks = 0;
+    double narrow_clocks = 0, wide_clocks = 0;
+    cudaError_t error = one::plan(&narrow, &narrow_blocks, &narrow_clocks, a, device);
+    if (error == cudaSuccess) error = two::plan(&wide, &wide_blocks, &wide_clocks, a, device);
     if (error != cudaSuccess) return error;
-    if (clocks[2] <= clocks[1] && clocks[2] <= clocks[0]) return wide::launch(&plans[2], blocks[2], a, stream);
-    return clocks[1] <= clocks[0] ? tall::launch(&plans[1], blocks[1], a, stream)
-                                  : plain::launch(&plans[0], blocks[0], a, stream);
+    return wide_clocks <= narrow_clocks ? two::launch(&wide, wide_blocks, a, stream)
+                                        : one::launch(&narrow, narrow_blocks, a, stream);
 }
 
 template <typename T> cudaError_t w4_large_any(const w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
 #define TAKE(COLUMNS)                                                 \
-    (group == 32   ? w4_large_take<T, COLUMNS, 32>(a, device, stream) \
-     : group == 64 ? w4_large_take<T, COLUMNS, 64>(a, device, stream) \
-                   : w4_large_take<T, COLUMNS, 128>(a, device, stream))
-    return a->m <= 16 ? TAKE(16) : a->m <= 32 ? TAKE(32) : a->m <= 64 ? TAKE(64) : TAKE(128);
+    (group == 32 ? w4_large_take<T, COLUMNS, true>(a, device, stream) \
+                 : w4_large_take<T, COLUMNS, false>(a, device, stream))
+    return a->m <= 32 ? TAKE(32) : a->m <= 64 ? TAKE(64) : TAKE(128);
 #undef TAKE
 }
 

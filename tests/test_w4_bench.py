@@ -99,8 +99,8 @@ def test_a_wrong_product_is_found() -> None:
     ("device", "m", "dtype", "mbits", "allowed"),
     [
         ("cpu", 64, torch.float32, 5, 2.0**-20),
-        ("cuda", 8, torch.float16, -1, 2.0**-20),
-        ("cuda", 9, torch.float16, 7, 2.0**-16),
+        ("cuda", 16, torch.float16, -1, 2.0**-20),
+        ("cuda", 17, torch.float16, 7, 2.0**-16),
         ("cuda", 32, torch.float16, 8, 2.0**-16 + 2.0**-12),
         ("cuda", 24, torch.float16, -1, 2.0**-16 + 2.0**-12),
         ("cuda", 17, torch.bfloat16, 4, 2.0**-16),
