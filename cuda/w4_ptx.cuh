@@ -178,21 +178,6 @@ template <typename T> struct w4_type;
 
 template <> struct w4_type<__half> {
     static constexpr int DTYPE = KVC_FLOAT16;
-    /* Codes as operands by masks alone, fp16's subnormal numbers, which tensor cores take as they are: rows r in units
-     * of 2^-22, rows r + 8 of 2^-18. Of the middle code, 8, in those units, less. */
-    static constexpr bool SUBNORMAL = true;
-    static constexpr float UNIT = 0x1p22f, UNIT_8 = 0x1p18f; /* how many are 1: rows r, r + 8 */
-    static __device__ __forceinline__ void operands(uint32_t (&a)[4], uint32_t word) {
-        const uint32_t next = __funnelshift_r(word, word, 8);
-        a[0] = word & 0x003c003cu;
-        a[1] = word & 0x03c003c0u;
-        a[2] = next & 0x003c003cu;
-        a[3] = next & 0x03c003c0u;
-    }
-    static __device__ __forceinline__ void middles(uint32_t (&a)[4]) {
-        a[0] = a[2] = 0x80208020u; /* -32 * 2^-24 */
-        a[1] = a[3] = 0x82008200u; /* -512 * 2^-24 */
-    }
     /* Four pairs of q from a word of codes, exact: a code in the mantissa of 256 or 16 is that number plus it. */
     static __device__ __forceinline__ void numbers(uint32_t (&a)[4], uint32_t word) {
         const uint32_t next = __funnelshift_r(word, word, 8);
@@ -217,10 +202,6 @@ template <> struct w4_type<__half> {
 
 template <> struct w4_type<__nv_bfloat16> {
     static constexpr int DTYPE = KVC_BFLOAT16;
-    static constexpr bool SUBNORMAL = false; /* products with bf16's would be fp32's subnormals */
-    static constexpr float UNIT = 1.0f, UNIT_8 = 1.0f;
-    static __device__ __forceinline__ void operands(uint32_t (&a)[4], uint32_t word) { numbers(a, word); }
-    static __device__ __forceinline__ void middles(uint32_t (&)[4]) {}
     /* As above; a mantissa of 7 bits takes one code, in that of 32. */
     static __device__ __forceinline__ void numbers(uint32_t (&a)[4], uint32_t word) {
 #pragma unroll

@@ -2,9 +2,8 @@
  *
  * One block of threads a multiprocessor takes an equal run of W's pieces (a block of one strip, or those of two strips
  * and the same inputs, which share x), in the order strip by strip; its warps take turns, each with a ring of its own
- * of copies of pieces and of the inputs of x that go with them. W is the first operand of m16n8k16, as its codes lie: a
- * mask makes fp16's subnormal numbers of them, and what the middle code is too much is taken off a group's sums, before
- * they are multiplied by its scales in fp32. What a warp does between two pieces is short: one
+ * of copies of pieces and of the inputs of x that go with them. W is the first operand of m16n8k16, as its codes lie; q
+ * is exact, and a group's sums are multiplied by its scales in fp32. What a warp does between two pieces is short: one
  * lane requests W by one copy a strip and x by a tensor map, without divisions.
  *
  * A run may end within a strip: the sums of that part, which is worked on first, go to the workspace, where the block
@@ -127,9 +126,6 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], const cha
                                                uint32_t x_step, const w4_job &a, int lane) {
     constexpr int UNIT = GROUP > 64 ? GROUP : 64, GROUPS = UNIT / GROUP;         /* inputs that are worked on at once */
     constexpr int TURNS = TILES == 4 ? 4 : TILES == 2 ? 1 : 2, ROWS = 4 / TURNS; /* of the 64 rows */
-    constexpr bool SUBNORMAL = w4_type<T>::SUBNORMAL;
-    uint32_t middle[4]; /* an operand */
-    w4_type<T>::middles(middle);
 #pragma unroll 1
     for (int unit = 0; unit < a.inputs; unit += UNIT) {
         uint32_t pair[GROUPS]; /* of lane 4 * r + c: rows r and r + 8 of 16 rows c */
@@ -137,7 +133,6 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], const cha
         for (int g = 0; g < GROUPS; g++)
             pair[g] = w4_scale_pair(a, bytes + a.code_bytes + (unit / GROUP + g) * a.group_bytes,
                                     w4_planes_of(a, lane >> 2, lane & 3));
-        float base[SUBNORMAL ? GROUPS : 1][TILES][4]; /* of each group: its x times the middle code, less */
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             asm volatile("" ::: "memory"); /* a turn's words are not loaded before: registers */
@@ -167,21 +162,10 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], const cha
                             for (int t = 0; t < TILES; t++)
 #pragma unroll
                                 for (int e = 0; e < 4; e++) part[i][t][e] = 0.0f;
-                    if (SUBNORMAL && turn == 0) {
-                        float (&sum)[TILES][4] = base[(64 * chunk + 16 * step) / GROUP % GROUPS];
-#pragma unroll
-                        for (int t = 0; t < TILES; t++) {
-                            if ((64 * chunk + 16 * step) % GROUP == 0)
-#pragma unroll
-                                for (int e = 0; e < 4; e++) sum[t][e] = 0.0f;
-                            w4_type<T>::multiply(sum[t], middle, b[t][step >> 1][2 * (step & 1)],
-                                                 b[t][step >> 1][2 * (step & 1) + 1]);
-                        }
-                    }
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
                         uint32_t q[4];
-                        w4_type<T>::operands(q, word[i][step]);
+                        w4_type<T>::numbers(q, word[i][step]);
 #pragma unroll
                         for (int t = 0; t < TILES; t++)
                             w4_type<T>::multiply(part[i][t], q, b[t][step >> 1][2 * (step & 1)],
@@ -196,11 +180,8 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], const cha
 #pragma unroll
                             for (int t = 0; t < TILES; t++)
 #pragma unroll
-                                for (int e = 0; e < 4; e++) {
-                                    float sum = part[i][t][e];
-                                    if (SUBNORMAL) sum += base[(64 * chunk + 16 * step) / GROUP % GROUPS][t][e];
-                                    acc[turn * ROWS + i][t][e] += sum * (e < 2 ? scale.x : scale.y);
-                                }
+                                for (int e = 0; e < 4; e++)
+                                    acc[turn * ROWS + i][t][e] += part[i][t][e] * (e < 2 ? scale.x : scale.y);
                         }
                 }
             }
@@ -377,9 +358,7 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int m = 8 * t + 2 * (lane & 3) + (e & 1), row = 16 * i + (lane >> 2) + 8 * (e >> 1);
-                        if (m < a.m)
-                            sums[(warp * a.m + m) * PITCH + row] =
-                                acc[round * (ROWS / 16) + i][t][e] * (e < 2 ? w4_type<T>::UNIT : w4_type<T>::UNIT_8);
+                        if (m < a.m) sums[(warp * a.m + m) * PITCH + row] = acc[round * (ROWS / 16) + i][t][e];
                     }
             __syncthreads();
 #pragma unroll
