@@ -210,6 +210,7 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     token_row<TILES> row;
     if (threadIdx.x < 32) row.fetch(a.rows.half[value], rows_of(a, sequence));
     state s = load_state(a, i, sequence, list);
+    if (__any_sync(ALL, s.flushes(a.window))) return false; /* any: the compiler sees that whole warps go on */
     uint2 *const slots = (uint2 *)a.table + i * a.capacity;
     const uint32_t *const stack = a.pool_tail + i * a.tail_room;
     const int place = s.list.tail_tokens & (KVC_TAIL_TOKENS - 1), begins = place == 0;
@@ -220,7 +221,6 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     } else {
         if ((uint32_t)slot < (uint32_t)a.capacity) page = slots[slot];
     }
-    if (__any_sync(ALL, s.flushes(a.window))) return false; /* any: the compiler sees that whole warps go on */
     const bool fine = s.valid == 1 && kvc_append_state_ok(&s.list, a.capacity, 1) && slot < a.capacity &&
                       s.left_tail >= begins && (uint32_t)s.left_tail + s.tail_pages() <= (uint32_t)a.tail_room;
     if (threadIdx.x < 32) {

@@ -330,14 +330,21 @@ template <int WARPS> struct fetcher {
         last_page = run.end_page > 0 ? run.end_page : NO_LIST;
         bool done = (threadIdx.x & 31) >= LANES;
         const bool knows = given.tokens > 0; /* so the first copy waits for the division alone */
-        if (knows)
+        int fixed = 0;                       /* asked for here, looked at behind that copy */
+        if (knows) {
             open(run.first_list, run.first_page, given);
-        else if (!done)
+            fixed = known();
+        } else if (!done) {
             open(run.first_list, run.first_page);
+        }
         rings_are_ready<THREADS>(true);
         if (knows) pop();
         request(ready);
-        if (knows) stop = min(min(end_page, known()), a.capacity);
+        if (__any_sync(ALL, knows && place < pieces)) { /* a page's second piece does not wait for that either */
+            if (knows && place < pieces) turn();
+            request(knows && ready);
+        }
+        if (knows) stop = min(min(end_page, fixed), a.capacity);
 #pragma unroll 1
         while (!__all_sync(ALL, done)) {
             const bool go = ready && has_passed(empty + fill, parity);

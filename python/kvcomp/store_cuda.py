@@ -401,6 +401,12 @@ class Stacked:
 
     # ---- passes
 
+    def begins_quietly(self, q: int) -> bool:
+        """Whether begin_step(q) gives nothing out, so that a pass may be begun before it is known to be wanted."""
+        at = self._at - (self._scheduled and self._ran == 0)
+        same = q == self._each and self.generation == self._made and self._ran in (0, len(self.held))
+        return same and at < len(self._due) and not self._packing[at]
+
     def begin_step(self, q: int, valid: Array | None = None) -> None:
         """Host work of one pass of q new tokens over all layers."""
         first = self.groups[0]

@@ -136,9 +136,10 @@ class Steps:
         compiled = self._layer_function() if compiles and parts.decoders else None
         if compiled is not None and self._joins:
             self._join(parts)
-        self._ask()
         if packed.stacked is None:
             return self._eager(step, parts, compiled)
+        if not packed.stacked.begins_quietly(1):
+            self._ask()
         packed.stacked.begin_step(1, None)
         if not graphs or parts.positions_on_host or not self._takes_positions:
             return self._eager(step, parts, compiled)
@@ -191,6 +192,7 @@ class Steps:
 
     def _eager(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
         """The step, run now."""
+        self._ask()
         state = step.cache._state
         try:
             out = self._tried(step, parts, compiled)
@@ -242,9 +244,10 @@ class Steps:
         if recording is None:
             kinds.run.add(kind)
             return self._on_side(lambda: self._eager(step, parts, compiled))
+        for name, value in step.tensors.items():
+            recording.inputs[name].copy_(value)
+        self._ask()
         try:
-            for name, value in step.tensors.items():
-                recording.inputs[name].copy_(value)
             recording.graph.replay()
         except BaseException:
             state.step_failed()
