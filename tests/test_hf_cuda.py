@@ -137,6 +137,29 @@ def test_played_steps_equal_steps_as_they_are(played: None, policy: Any) -> None
         assert (ours.lists == theirs.lists).all()
 
 
+def check_turns(model: Any, put: Any) -> None:
+    """An answer in parts: at the end of each, a step has been begun that nobody wanted."""
+    ids, answer = put({"ids": tokens(1, 150)})["ids"], {**LONG, "eos_token_id": None}
+    with kvcomp.compress(model, FOUR, graphs=False) as packing:
+        plain = model.generate(ids, **answer)
+    lists = [layer.lists.copy() for layer in packing.cache._state.packed.layers]
+    with kvcomp.compress(model, FOUR) as packing:
+        done, cache = ids, None
+        for count in (3, 1, 17, 16, 48, 2, 63):
+            done = model.generate(done, **answer | {"max_new_tokens": count}, past_key_values=cache)
+            cache = packing.cache
+            assert torch.equal(done, plain[:, : done.shape[1]])
+        assert packing.steps.replays > 100
+    assert all(
+        (layer.lists == want).all() for layer, want in zip(cache._state.packed.layers, lists, strict=True)
+    )  # fmt: skip
+
+
+def test_played_answers_in_parts(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcomp.hf.context._kind_of", lambda model: "cuda")
+    check_turns(build("llama"), lambda inputs: inputs)
+
+
 def test_played_steps_of_several_caches(played: None) -> None:
     """Two caches in turn, each with recordings of its own; a batch that changes; passes of several tokens between."""
     check_several_caches(build("llama"), "cpu")
@@ -571,6 +594,11 @@ def test_reset_save_and_load_on_the_gpu(cuda_model: Any, tmp_path: Path) -> None
         assert torch.equal(expected, cuda_model(more, past_key_values=loaded).logits)
     cache.reset()
     assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
+
+
+@GPU
+def test_answers_in_parts_on_the_gpu(cuda_model: Any) -> None:
+    check_turns(cuda_model, cuda)
 
 
 @GPU
