@@ -210,7 +210,7 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     token_row<TILES> row;
     if (threadIdx.x < 32) row.fetch(a.rows.half[value], rows_of(a, sequence));
     state s = load_state(a, i, sequence, list);
-    if (__any_sync(ALL, s.flushes(a.window))) return false; /* any: the compiler sees that whole warps go on */
+    if (s.flushes(a.window)) return false;
     uint2 *const slots = (uint2 *)a.table + i * a.capacity;
     const uint32_t *const stack = a.pool_tail + i * a.tail_room;
     const int place = s.list.tail_tokens & (KVC_TAIL_TOKENS - 1), begins = place == 0;

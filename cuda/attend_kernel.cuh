@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
 #pragma unroll 1
         for (int i = warp * a.slots; i < (warp + 1) * a.slots; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(all.full + i)), "n"(ARRIVALS));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(shared_address(all.empty + i)));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(all.empty + i)), "n"(RELEASES));
         }
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.mbarrier_init.release.cluster;");

@@ -19,8 +19,8 @@
  * tile when the one before begins keeps it from those who are done earlier. What a sum adds up does not depend on who
  * adds it up: results are the same every time. */
 #pragma once
-#include "hopper.cuh"
 #include "bsr_job.cuh"
+#include "hopper.cuh"
 
 struct bsr_wgmma_job {
     CUtensorMap values; /* (block, block, blocks): boxes of a stage's part for one block of the cluster */

@@ -120,7 +120,7 @@ template <typename S, bool FIRST> __device__ __forceinline__ span span_of(const 
 /* The copying warps. */
 template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(const call &a, int spans, uint32_t base) {
     const int thread = threadIdx.x - 128 * S::groups;
-    place<S> to, come; /* where the next tile goes; the oldest that is under way */
+    place<S> to, come;                         /* where the next tile goes; the oldest that is under way */
     int under_way = 0, tiles = 0, held_at = 0; /* tiles: of the span before */
     uint32_t held_parity = 1;
     const auto publish = [&] {
@@ -135,8 +135,8 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
     for (int block = blockIdx.x; block < spans; block += gridDim.x) {
         const span p = span_of<S, FIRST>(a, block);
         if (!p.there || p.begin >= p.end) continue;
-        /* The held rows of two spans ago have been read once the first tile of theirs is known to be there: it is, where
-         * more tiles have followed than may be under way. */
+        /* The held rows of two spans ago have been read once the first tile of theirs is known to be there: it is,
+         * where more tiles have followed than may be under way. */
         if (tiles <= S::ahead) publish_all();
         tiles = p.end - p.begin;
         barrier_wait(base + S::held_read + 8 * held_at, held_parity);

@@ -367,8 +367,8 @@ def test_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", [Policy(bits=4), Policy(target_ratio=4)], ids=["4 bits", "4x"])
 def test_out_of_memory_leaves_the_cache_as_it_was(policy: Policy) -> None:
     """A pass for which the device has no room is one sentence; then the cache goes on as its twin on the CPU does."""
-    layers = prompt()
-    plain, there = compress_prompt(layers, policy), compress_prompt(on_gpu(layers), policy)
+    plain = compress_prompt(prompt(), policy)
+    there = plain.to("cuda")
     for seed in range(3):
         run(plain, there, seed, 1)
     before = [(layer.lists.copy(), *layer.unpack()) for layer in there.layers]

@@ -92,7 +92,8 @@ class SharedScaleLinear(torch.nn.Module):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"SharedScaleLinear: x: expected (..., {self.in_features}), got {tuple(x.shape)}")
         kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # Not is_autocast_available: torch.compile of torch 2.11 does not know it.
+        autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         if autocast and x.is_floating_point() and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(kind))
         # Compiled code and traces see the operation; a plain call does not go through torch's dispatcher.
