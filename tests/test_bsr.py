@@ -369,7 +369,8 @@ def test_wgmma_is_not_serialized(tmp_path: Path) -> None:
     """ptxas only remarks on it, and the kernel is several times slower then; registers must not spill either."""
     source, root = tmp_path / "kernels.cu", Path(__file__).parent.parent
     source.write_text(KERNELS)
-    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-Xptxas", "-v"]
+    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", '-DKVC_CUDA_ARCHS="90a"', "-std=c++17", "-O3"]
+    command += ["-Xptxas", "-v"]
     command += [f"-I{root / 'csrc'}", f"-I{root / 'cuda'}", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's, for Python
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)

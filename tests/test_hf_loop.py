@@ -143,10 +143,48 @@ def test_which_calls_it_takes(model: Any) -> None:
         {"num_beams": 2}, {"generation_config": config(num_beams=3)}, {"streamer": object()}, {"synced_gpus": True},
         {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}, {"output_attentions": True},
         {"generation_config": config(output_hidden_states=True, return_dict_in_generate=True)},
-        {"custom_generate": loop.decode}, {"generation_config": assisting},
+        {"custom_generate": loop.decode}, {"generation_config": assisting}, {"tokenizer": object()},
+        {"stop_strings": ["."]}, {"token_healing": True}, {"use_mtp": True},
     ]  # fmt: skip
     for other in others:
         assert not loop.takes(model, other), other
+    for name in ("generate", "_sample"):  # a way of its own
+        own = type("Own", (type(model),), {name: lambda self, *args, **kwargs: None})
+        assert not loop.takes(own(model.config), {}), name
+
+
+class Handing(torch.nn.Module):
+    """Hands generate over to a model inside, as adapters do."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.config, self.generation_config = inner, inner.config, inner.generation_config
+
+    def forward(self, **given: Any) -> Any:
+        return self.inner(**given)
+
+    def generate(self, *args: Any, **given: Any) -> Any:
+        return self.inner.generate(*args, **given)
+
+
+def test_a_model_that_hands_over(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(tokens(1, 20), **given)
+    with kvcomp.compress(Handing(model), EXACT):  # which says nothing of a device
+        assert torch.equal(model.generate(tokens(1, 20), **given), plain)
+    monkeypatch.setattr(context, "_kind_of", lambda model: "cuda")
+    passes = Passes(model)
+    try:
+        with kvcomp.compress(Handing(model), EXACT) as packing:
+            assert torch.equal(packing._model.generate(tokens(1, 20), **given), plain)
+            assert passes.count == 3
+            # Even where the loop is asked for with another model's steps, and where those never hear of a pass.
+            decode = functools.partial(loop.decode, steps=packing.steps)
+            assert torch.equal(model.generate(tokens(1, 20), **given, custom_generate=decode), plain)
+            monkeypatch.setattr(packing.steps, "runs", lambda model: True)
+            assert torch.equal(model.generate(tokens(1, 20), **given, custom_generate=decode), plain)
+    finally:
+        passes.hook.remove()
 
 
 def test_other_ways_are_refused(model: Any) -> None:
@@ -187,7 +225,7 @@ def test_a_pass_is_asked_for_when_nothing_is_left_to_do(
     wait = loop._Flag.wait
 
     def waiting(flag: Any) -> bool:
-        waits.append(model.__class__.forward is not model.forward and bool(asked))
+        waits.append(bool(asked))
         return wait(flag)
 
     asked: list[bool] = []

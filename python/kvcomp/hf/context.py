@@ -65,7 +65,8 @@ class Compressing:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("past_key_values") is None and self._generate_caches(args, kwargs):
                 kwargs["past_key_values"] = self._fresh()
-            if self._graphs and _kind_of(model) == "cuda" and len(args) <= 1 and loop.takes(model, kwargs):
+            ours = "generate" not in self._own and isinstance(kwargs.get("past_key_values"), Cache)
+            if ours and self._graphs and _kind_of(model) == "cuda" and len(args) <= 1 and loop.takes(model, kwargs):
                 steps = self.steps if _runs(model, run, self._hook) else None
                 kwargs["custom_generate"] = functools.partial(loop.decode, steps=steps)
             return plain(*args, **kwargs)
@@ -143,7 +144,7 @@ def _runs(model: Any, forward: Any, hook: Any) -> bool:
 
 
 def _kind_of(model: Any) -> str:
-    return str(model.device.type)
+    return str(getattr(getattr(model, "device", None), "type", ""))
 
 
 def _marking(make: Any) -> Any:

@@ -86,12 +86,17 @@ class Steps:
     @contextlib.contextmanager
     def asking(self, ended: Callable[[], bool]) -> Iterator[None]:
         """Inside, the first pass asks `ended` when all is prepared and nothing has run yet. Where that is so, Ended is
-        raised in the pass's place."""
+        raised in the pass's place; behind it, where it went another way than through `run`."""
         self._ended = ended
         try:
             yield
+            self._ask()
         finally:
             self._ended = None
+
+    def runs(self, model: Any) -> bool:
+        """Whether it is this model's steps that it runs."""
+        return model is self._model
 
     def _ask(self) -> None:
         ended, self._ended = self._ended, None
@@ -159,6 +164,7 @@ class Steps:
         """Layers that read the same rows are one product in compiled steps; again after the model moved."""
         if self._joined is not None and self._joined_at == parts.addresses:
             return
+        self._ask()
         self._undo_joins()
         try:
             self._joined = Joined(module for layer in parts.decoders for module in layer.modules())
@@ -235,6 +241,8 @@ class Steps:
         kinds.at((key[0], parts.addresses))
         kind = (key, step.shapes, compiled is not None)
         recording = kinds.recorded.get(kind)
+        if recording is None:
+            self._ask()
         if recording is None and kind in kinds.run:
             try:
                 recording = kinds.recorded[kind] = self._record(step, parts, compiled)
@@ -242,8 +250,9 @@ class Steps:
                 self._graphs = False
                 warnings.warn(f"compress: graphs: steps run as they are: {_first_line(error)}", stacklevel=2)
         if recording is None:
+            out = self._on_side(lambda: self._eager(step, parts, compiled))
             kinds.run.add(kind)
-            return self._on_side(lambda: self._eager(step, parts, compiled))
+            return out
         for name, value in step.tensors.items():
             recording.inputs[name].copy_(value)
         self._ask()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .graph import Ended, Steps
@@ -20,15 +20,19 @@ from .graph import Ended, Steps
 _OTHERS = (
     "assistant_model", "assistant_early_exit", "assistant_tokenizer", "constraints", "custom_generate", "dola_layers",
     "force_words_ids", "is_assistant", "negative_prompt_ids", "output_attentions", "output_hidden_states",
-    "penalty_alpha", "prompt_lookup_num_tokens", "streamer", "synced_gpus",
+    "penalty_alpha", "prompt_lookup_num_tokens", "stop_strings", "streamer", "synced_gpus", "token_healing",
+    "tokenizer", "use_mtp",
 )  # fmt: skip
+_OWN = ("generate", "_sample")
 _BEAMS = ("num_beams", "num_beam_groups")
 _PARTS = ("_prefill", "_optimize_model_for_decode", "_update_model_kwargs_for_generation")
 
 
 def takes(model: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a generate call with these arguments is for `decode`: one answer a prompt, nothing streamed, no other
-    way of decoding asked for by the call, its configuration or the model's."""
+    """Whether a generate call with these arguments is for `decode`: transformers' own loop, one answer a prompt,
+    nothing streamed, no other way of decoding asked for by the call, its configuration or the model's."""
+    if any(getattr(type(model), name, None) is not getattr(GenerationMixin, name) for name in _OWN):
+        return False  # one with a loop of its own, or that hands over to another model
     if not all(hasattr(model, name) for name in _PARTS) or model.config.is_encoder_decoder:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():  # ranks may have to go on together
@@ -95,6 +99,8 @@ def _decode(
     steps: Steps | None,
     model_kwargs: dict[str, Any],
 ) -> Any:
+    if steps is not None and not steps.runs(model):
+        steps = None
     returns = config.return_dict_in_generate
     scores: tuple[torch.Tensor, ...] | None = () if returns and config.output_scores else None
     raw: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
