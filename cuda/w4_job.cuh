@@ -6,6 +6,18 @@ extern "C" {
 #include "kvcomp/w4.h"
 }
 
+/* n / by for 0 <= n < 2^31, without a division: by a factor of 32 bits, which the host finds. */
+struct w4_divisor {
+    uint32_t factor, shift;
+
+    static w4_divisor of(uint32_t by) {
+        uint32_t bits = 0;
+        while (((uint64_t)1 << bits) < by) bits++;
+        return {(uint32_t)((((uint64_t)1 << (31 + bits)) + by - 1) / by), 31 + bits};
+    }
+    __device__ __forceinline__ int operator()(int n) const { return (int)((uint64_t)(uint32_t)n * factor >> shift); }
+};
+
 struct w4_job {
     const char *packed, *x;
     char *out;
@@ -20,11 +32,13 @@ struct w4_job {
     int32_t plane_at[3];                                  /* where a group's planes of 4, 2, 1 bits begin */
     uint32_t plane_factor[4];                             /* 8, 4, 2, 1 bits -> their place in fp16; 0 where none */
     int32_t out_dtype, bias_dtype;
-    int32_t early, aligned;             /* aligned: rows of x can be copied by 16 bytes */
-    int32_t tensor;                     /* w4_small: rows of x come by a tensor map */
-    int32_t slots, slot_bytes, x_bytes; /* w4_small's rings; of x in a slot */
-    int32_t run, longer;                /* w4_small: pieces of work of a block of threads, and how many have one more */
-    float factor;                       /* 2^exponent */
+    int32_t early, aligned;      /* aligned: rows of x can be copied by 16 bytes */
+    int32_t tensor;              /* w4_small: rows of x come by a tensor map */
+    int32_t warps, slots;        /* w4_small: of a block of threads, of a warp */
+    int32_t slot_bytes, x_bytes; /* of W and x in a slot */
+    int32_t run, longer;         /* w4_small: pieces of work of a block of threads, and how many have one more */
+    w4_divisor by_blocks, by_run, by_longer; /* / blocks, / run, / (run + 1) */
+    float factor;                            /* 2^exponent */
 };
 
 /* Rows of x that w4_small takes at once: 8, 16, 32. */
@@ -35,32 +49,38 @@ struct w4_job {
 /* w4_small: tiles of 8 rows of x. */
 static inline int w4_small_tiles(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
 
-/* Warps of a block of threads; strips of W that share a copy of x, of which there is as much as of W at 16 rows. */
-__host__ __device__ constexpr int w4_small_warps(int tiles) { return tiles == 1 ? 12 : 8; }
+/* Most warps of a block of threads; strips of W that share a copy of x, of which there is as much as of W at 16 rows.
+ */
+__host__ __device__ constexpr int w4_small_warps(int tiles) { return tiles == 1 ? 16 : 8; }
 __host__ __device__ constexpr int w4_small_strips(int tiles) { return tiles == 2 ? 2 : 1; }
 
-/* Rows of W whose sums the warps add up at once, and floats between rows of x there: no two lanes meet in a bank. */
-__host__ __device__ constexpr int w4_sum_rows(int tiles) { return tiles == 1 ? KVC_W4_ROWS : tiles == 2 ? 32 : 16; }
-__host__ __device__ constexpr int w4_sum_pitch(int tiles) { return w4_sum_rows(tiles) + 4; }
+/* Rows of x that a copy brings. */
+__host__ __device__ constexpr int w4_small_rows(int tiles, int m) { return tiles == 1 ? m : 8 * tiles; }
 
-/* Words of the workspace a multiprocessor. */
-static inline int64_t w4_small_words(int64_t m) {
-    const int64_t rows = m < KVC_W4_SMALL_ROWS ? m : KVC_W4_SMALL_ROWS, pairs = rows < 16 ? rows : 16;
-    const int64_t one = rows * KVC_W4_ROWS, two = rows > 8 ? 2 * pairs * KVC_W4_ROWS : 0;
-    return one > two ? one : two;
+/* Bytes of a warp's sums that are added to the others' at once. */
+#define KVC_W4_SMALL_SUMS 2048
+
+/* Words of the workspace a multiprocessor: sums of a piece's rows and 8, 16, 32 columns. */
+static inline int64_t w4_small_words(int64_t m) { return m <= 8 ? 8 * KVC_W4_ROWS : 32 * KVC_W4_ROWS; }
+
+/* Where the warps' sums lie in shared memory. */
+__host__ __device__ inline int w4_small_sums_at(const w4_job *a) {
+    return (a->warps * a->slots * (a->x_bytes + a->slot_bytes + 8) + 128 + 15) & ~15;
 }
 
-/* Sets slots and their bytes; shared memory of a block of threads, 0 where it does not fit. */
+/* Sets warps, slots and their bytes; shared memory of a block of threads, 0 where it does not fit. */
 static inline int w4_small_shared(w4_job *a, const kvc_gpu *device) {
-    const int tiles = w4_small_tiles(a->m), warps = w4_small_warps(tiles), strips = w4_small_strips(tiles);
-    a->x_bytes = (tiles == 1 ? a->m : 8 * tiles) * 2 * a->inputs;
-    a->slot_bytes = (strips * a->block_bytes + 127) / 128 * 128 + a->x_bytes;
-    const int rest = warps * a->m * w4_sum_pitch(tiles) * 4 + 128 + 16;
-    /* Weights in flight: 68 KB of a multiprocessor hide the memory's latency. Two slots a warp are 100 KB with 12
-     * warps, and leave room for the next launch's block of threads beside this one. */
-    const int most = (device->shared_most - rest) / (warps * (a->slot_bytes + 8)), wanted = tiles == 4 ? 3 : 2;
-    a->slots = most < wanted ? most : wanted;
-    return a->slots < 1 ? 0 : warps * a->slots * (a->slot_bytes + 8) + rest;
+    const int tiles = w4_small_tiles(a->m), most = w4_small_warps(tiles);
+    a->x_bytes = w4_small_rows(tiles, a->m) * 2 * a->inputs;
+    a->slot_bytes = w4_small_strips(tiles) * a->block_bytes;
+    /* Two slots a warp: the copies of one hide behind the products of the other. More delay the first pieces, because
+     * all are requested at once. */
+    for (a->slots = 2; a->slots > 0; a->slots--)
+        for (a->warps = most; a->warps >= 8; a->warps--) {
+            const int bytes = w4_small_sums_at(a) + a->warps * KVC_W4_SMALL_SUMS;
+            if (bytes <= device->shared_most) return bytes;
+        }
+    return 0;
 }
 
 /* One definition a dtype of x: w4_small_half.cu, w4_small_bfloat.cu. */

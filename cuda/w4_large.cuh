@@ -11,6 +11,7 @@
 #pragma once
 #include <math.h>
 
+#include "w4_end.cuh"
 #include "w4_job.cuh"
 #include "w4_map.cuh"
 #include "w4_ptx.cuh"
@@ -204,58 +205,6 @@ __device__ __forceinline__ void w4_produce(const w4_job &a, const w4_plan &plan,
     }
 }
 
-/* How sums of 16 rows of W from n0 on become elements of out. */
-struct w4_end {
-    float factor, bias[2]; /* of this lane's rows r and r + 8 */
-    int n0;
-    bool wide; /* whether four elements may be written at once */
-};
-
-template <typename T> __device__ __forceinline__ w4_end w4_end_of(const w4_job &a, int n0, int lane) {
-    w4_end end = {a.factor * w4_scaled<T>::FACTOR, {0.0f, 0.0f}, n0, false};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int n = n0 + (lane >> 2) + 8 * i;
-        if (a.bias && n < a.n) end.bias[i] = w4_load(a.bias, a.bias_dtype, n);
-    }
-    end.wide = (a.out_stride | (int64_t)(intptr_t)a.out) % 8 == 0;
-    return end;
-}
-
-/* Sums of 16 rows of W and 8 rows of x from m0 on, as wgmma leaves them in a warp, to out. */
-__device__ __forceinline__ void w4_large_store(const w4_job &a, const w4_end &end, float s0, float s1, float s2,
-                                               float s3, int m0, int lane) {
-    const int r = lane >> 2, c = lane & 3;
-    const float v[4] = {s0 * end.factor + end.bias[0], s1 * end.factor + end.bias[0], s2 * end.factor + end.bias[1],
-                        s3 * end.factor + end.bias[1]};
-    if (a.out_dtype == KVC_FLOAT32) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int m = m0 + 2 * c + (e & 1), n = end.n0 + r + 8 * (e >> 1);
-            if (m < a.m && n < a.n) ((float *)(a.out + m * a.out_stride))[n] = v[e];
-        }
-        return;
-    }
-    /* Rows of W become neighbours: a lane has x's row r, then four rows of W after an exchange with its neighbour. */
-    uint32_t low = kvc_cuda_floats_to_halves(v[0], v[1], a.out_dtype);
-    uint32_t high = kvc_cuda_floats_to_halves(v[2], v[3], a.out_dtype);
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%0;" : "+r"(low));
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%0;" : "+r"(high));
-    const bool odd = c & 1;
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
-    const uint2 four = odd ? make_uint2(got, high) : make_uint2(low, got);
-    const int m = m0 + r, n = end.n0 + (odd ? 6 + 2 * c : 2 * c);
-    if (m >= a.m) return;
-    uint16_t *const to = (uint16_t *)(a.out + m * a.out_stride) + n;
-    if (end.wide && n + 3 < a.n) {
-        *(uint2 *)to = four;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (n + i < a.n) to[i] = (uint16_t)((i < 2 ? four.x : four.y) >> (16 * (i & 1)));
-    }
-}
-
 /* Codes and scales of 64 inputs. */
 template <int STRIPS, bool FINE> struct w4_fragment {
     uint32_t word[STRIPS][4], pair[STRIPS][FINE ? 2 : 1];
@@ -277,7 +226,7 @@ template <int STRIPS, bool FINE> struct w4_fragment {
             for (int f = 0; f < (FINE ? 2 : 1); f++) {
                 const int input = (a.inputs == STEP ? 0 : step & 1) * STEP + chunk * 64 + f * 32;
                 const int group = FINE ? input / 32 : input >> a.group_shift;
-                pair[s][f] = w4_scale_pair(a, at + s * STRIP + CODES + group * a.group_bytes, of);
+                pair[s][f] = w4_scale_pair(a, w4_shared(at) + s * STRIP + CODES + group * a.group_bytes, of);
             }
         }
     }
@@ -316,7 +265,7 @@ __device__ __forceinline__ void w4_large_add(const w4_job &a, int split, float (
             for (int i = 0; i < AT_ONCE; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
         }
         const int n0 = ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp;
-        w4_large_store(a, w4_end_of<T>(a, n0, lane), sum.x, sum.y, sum.z, sum.w, m0, lane);
+        w4_store_sums(a, w4_end_of(a, a.factor * w4_scaled<T>::FACTOR, n0, lane), sum.x, sum.y, sum.z, sum.w, m0, lane);
     }
     w4_cluster_met(); /* the others have read */
 }
@@ -458,13 +407,13 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         work.place(n_tile, m_tile);
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) {
-            const w4_end end =
-                w4_end_of<T>(a, ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp, lane);
+            const w4_end end = w4_end_of(a, a.factor * w4_scaled<T>::FACTOR,
+                                         ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp, lane);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 8; j++)
                 if (m_tile * COLUMNS + 8 * j < a.m)
-                    w4_large_store(a, end, acc[s][4 * j], acc[s][4 * j + 1], acc[s][4 * j + 2], acc[s][4 * j + 3],
-                                   m_tile * COLUMNS + 8 * j, lane);
+                    w4_store_sums(a, end, acc[s][4 * j], acc[s][4 * j + 1], acc[s][4 * j + 2], acc[s][4 * j + 3],
+                                  m_tile * COLUMNS + 8 * j, lane);
         }
     }
 #endif
@@ -578,7 +527,7 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
 
     static cudaError_t launch(const w4_plan *plan, int blocks, const w4_job *a, cudaStream_t stream) {
         CUtensorMap map;
-        const cudaError_t error = w4_map_of(&map, a, COLUMNS, w4_type<T>::DTYPE == KVC_BFLOAT16);
+        const cudaError_t error = w4_map_of(&map, a, 2, COLUMNS, w4_type<T>::DTYPE == KVC_BFLOAT16);
         if (error != cudaSuccess) return error;
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute about[2] = {};

@@ -21,6 +21,14 @@ __device__ __forceinline__ void w4_barriers_ready() {
     __syncthreads();
 }
 
+/* Of barriers that no other warp, but copies, uses. */
+__device__ __forceinline__ void w4_own_barriers_ready() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    __syncwarp();
+}
+
 __device__ __forceinline__ void w4_barrier_arrive(uint32_t bar) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state,[%0];}" ::"r"(bar) : "memory");
 }
@@ -78,6 +86,14 @@ __device__ __forceinline__ void w4_copy_rows(uint32_t to, const CUtensorMap *map
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3}],[%4];" ::"r"(to),
         "l"(map), "r"(input), "r"(row), "r"(bar)
         : "memory");
+}
+
+/* All rows of x, 64 inputs each, from those `chunk` on, of a tensor map of rank 3. */
+__device__ __forceinline__ void w4_copy_pieces(uint32_t to, const CUtensorMap *map, int chunk, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0],[%1,{%2,%2,%3}],[%4];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(chunk), "r"(bar)
+                 : "memory");
 }
 
 /* Where piece 0..7 of the 128 bytes at `line` lies: the swizzle of tensor maps, which makes columns free of conflicts.
@@ -165,7 +181,11 @@ __device__ __forceinline__ void w4_store_parts(uint32_t *to, uint32_t a, uint32_
     asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-/* ---- products */
+/* ---- operands from shared memory */
+
+__device__ __forceinline__ void w4_load_codes(uint32_t (&v)[4], uint32_t at) {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at));
+}
 
 __device__ __forceinline__ void w4_load_columns(uint32_t (&b)[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
@@ -241,14 +261,37 @@ __device__ __forceinline__ w4_planes w4_planes_of(const w4_job &a, int r, int ti
 /* fp16's bits of those scales (r in the low half), without the matrix's exponent. `at`: the scales of 64 rows and one
  * group, in shared memory, and 128 bytes that may be read. No branch depends on the format: what planes that are not
  * there give is multiplied by 0. */
-__device__ __forceinline__ uint32_t w4_scale_pair(const w4_job &a, const char *at, const w4_planes &of) {
-    const uint32_t v16 = *(const uint32_t *)(at + of.at16), v8 = *(const uint16_t *)(at + of.at8);
-    const uint32_t v4 = *(const uint8_t *)(at + of.at4), v2 = *(const uint8_t *)(at + of.at2) >> of.shift2;
-    const uint32_t v1 = *(const uint8_t *)(at + of.at1) >> of.shift1;
+__device__ __forceinline__ uint32_t w4_scale_pair(const w4_job &a, uint32_t at, const w4_planes &of) {
+    uint32_t v16, v8, v4, v2, v1;
+    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v16) : "r"(at + of.at16));
+    asm volatile("ld.shared.u16 %0,[%1];" : "=r"(v8) : "r"(at + of.at8));
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v4) : "r"(at + of.at4));
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v2) : "r"(at + of.at2));
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v1) : "r"(at + of.at1));
+    v2 >>= of.shift2, v1 >>= of.shift1;
     const uint32_t pair =
         __byte_perm(v8, 0, 0x4140) * a.plane_factor[0] + (v4 * 0x1001 & 0x000f000f) * a.plane_factor[1] +
         ((v2 * 0x4001) & 0x00030003) * a.plane_factor[2] + ((v1 * 0x8001) & 0x00010001) * a.plane_factor[3];
     return a.scale_bits == 16 ? v16 : pair;
+}
+
+/* The same of 16 rows and of the next 16, whose number `of` is of, and even. */
+__device__ __forceinline__ void w4_scale_pairs(uint32_t (&pair)[2], const w4_job &a, uint32_t at, const w4_planes &of) {
+    uint32_t v16[2], v8, v4, v2, v1;
+    asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v16[0]), "=r"(v16[1]) : "r"(at + of.at16));
+    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v8) : "r"(at + of.at8));
+    asm volatile("ld.shared.u16 %0,[%1];" : "=r"(v4) : "r"(at + of.at4));
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v2) : "r"(at + of.at2));
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v1) : "r"(at + of.at1));
+    v1 >>= of.shift1;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        pair[i] = __byte_perm(v8, 0, i ? 0x4342 : 0x4140) * a.plane_factor[0] +
+                  ((v4 >> (8 * i) & 0xff) * 0x1001 & 0x000f000f) * a.plane_factor[1] +
+                  ((v2 >> (4 * i)) * 0x4001 & 0x00030003) * a.plane_factor[2] +
+                  ((v1 >> (2 * i)) * 0x8001 & 0x00010001) * a.plane_factor[3];
+        if (a.scale_bits == 16) pair[i] = v16[i];
+    }
 }
 
 } // namespace

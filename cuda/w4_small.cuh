@@ -3,48 +3,31 @@
  * One block of threads a multiprocessor takes an equal run of W's pieces (a block of one strip, or those of two strips
  * and the same inputs, which share x), in the order strip by strip; its warps take turns, each with a ring of its own
  * of copies of pieces and of the inputs of x that go with them. W is the first operand of m16n8k16, as its codes lie; q
- * is exact, and a group's sums are multiplied by its scales in fp32. What a warp does between two pieces is short: one
- * lane requests W by one copy a strip and x by a tensor map, without divisions.
+ * is exact, and a group's sums are multiplied by its scales in fp32. What a warp does for a piece is bound by latency
+ * and by instructions: four sums or more are under way at once, one lane requests W by one copy a strip and all of x by
+ * one copy of a tensor map, and nothing is divided.
  *
  * A run may end within a strip: the sums of that part, which is worked on first, go to the workspace, where the block
  * of threads that has the strip's end finds them. They are their own flags: words of the workspace are EMPTY
  * (0xFFFFFFFF, a NaN that no arithmetic gives) until they are there, and again once they have been read. Who waits
  * waits for blocks of lower index, which began before. */
 #pragma once
+#include "w4_end.cuh"
 #include "w4_job.cuh"
 #include "w4_map.cuh"
-#include "w4_ptx.cuh"
+#include "w4_run.cuh"
 
 namespace {
 
-/* A run: `tail` pieces, its last part, come first. */
-struct w4_run {
-    int count, tail;
-    int rest_from;  /* the run's i-th piece is W's i + rest_from, or, i < tail, i + rest_from + count */
-    int rest_block; /* where in its strip the first of the others lies */
-};
+/* Where things lie in shared memory: [x of every slot][W of every slot][128 bytes][barriers][sums]. */
+struct w4_small_room {
+    uint32_t x, weights, bars; /* this warp's */
 
-/* The run's i-th piece, and where in its strip it lies. */
-struct w4_place {
-    int i, block;
-
-    __device__ __forceinline__ void set(const w4_run &run, int blocks, int at) {
-        i = at;
-        block = at < run.tail ? (at + run.rest_from + run.count) % blocks : run.rest_block + at - run.tail;
-        wrap(blocks);
-    }
-    __device__ __forceinline__ void advance(const w4_run &run, int blocks, int by) {
-        block += by;
-        i += by;
-        if (i >= run.tail && i - by < run.tail) block = run.rest_block + i - run.tail;
-        wrap(blocks);
-    }
-    __device__ __forceinline__ void wrap(int blocks) {
-#pragma unroll 1
-        while (block >= blocks) block -= blocks;
-    }
-    __device__ __forceinline__ int piece(const w4_run &run) const {
-        return i + run.rest_from + (i < run.tail ? run.count : 0);
+    __device__ __forceinline__ w4_small_room(const w4_job &a, uint32_t base, int warp) {
+        const int all = a.warps * a.slots, mine = warp * a.slots;
+        x = base + mine * a.x_bytes;
+        weights = base + all * a.x_bytes + mine * a.slot_bytes;
+        bars = base + all * (a.x_bytes + a.slot_bytes) + 128 + 8 * mine;
     }
 };
 
@@ -53,24 +36,22 @@ template <int TILES> struct w4_ring {
     const w4_job &a;
     const w4_run &run;
     const CUtensorMap *map;
-    uint32_t slots, bars; /* this warp's, in shared memory */
-    uint32_t x_at;        /* of a slot */
+    w4_small_room room;
     int lane;
     uint64_t policy;
 
-    __device__ __forceinline__ int rows() const { return TILES == 1 ? a.m : 8 * TILES; }
-
     __device__ __forceinline__ void request_weights(int slot, const w4_place &p) const {
-        const uint32_t to = slots + slot * a.slot_bytes;
+        const uint32_t to = room.weights + slot * a.slot_bytes;
         const int piece = p.piece(run), block = STRIPS == 1 ? piece : 2 * piece - p.block;
         const char *const from = a.packed + (int64_t)block * a.block_bytes;
         /* Without a second strip the first one comes again, for rows that nobody stores. */
         const int64_t second = block - p.block + a.blocks < a.strips * a.blocks ? (int64_t)a.blocks * a.block_bytes : 0;
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
-            w4_expect(bars + 8 * slot, STRIPS * a.block_bytes + (a.tensor ? a.x_bytes : 0));
-            w4_copy_counted(to, from, a.block_bytes, bars + 8 * slot, policy);
-            if (STRIPS == 2) w4_copy_counted(to + a.block_bytes, from + second, a.block_bytes, bars + 8 * slot, policy);
+            const uint32_t bar = room.bars + 8 * slot;
+            w4_expect(bar, STRIPS * a.block_bytes + (a.tensor ? a.x_bytes : 0));
+            w4_copy_counted(to, from, a.block_bytes, bar, policy);
+            if (STRIPS == 2) w4_copy_counted(to + a.block_bytes, from + second, a.block_bytes, bar, policy);
         }
 #else
         for (int at = 16 * lane; at < a.block_bytes; at += 512) {
@@ -81,18 +62,12 @@ template <int TILES> struct w4_ring {
     }
 
     __device__ __forceinline__ void request_x(int slot, const w4_place &p) const {
-        const uint32_t to = slots + slot * a.slot_bytes + x_at, bar = bars + 8 * slot;
-        const int k0 = p.block * a.inputs, pitch = 128 * rows(); /* bytes of 64 inputs */
+        const int pitch = 128 * w4_small_rows(TILES, a.m); /* bytes of 64 inputs */
+        const uint32_t to = room.x + slot * a.x_bytes, bar = room.bars + 8 * slot;
+        const int k0 = p.block * a.inputs;
 #if __CUDA_ARCH__ >= 900
         if (a.tensor) {
-            if (lane == 0) {
-                w4_copy_rows(to, map, k0, 0, bar);
-                w4_copy_rows(to + pitch, map, k0 + 64, 0, bar);
-                if (a.inputs == 256) {
-                    w4_copy_rows(to + 2 * pitch, map, k0 + 128, 0, bar);
-                    w4_copy_rows(to + 3 * pitch, map, k0 + 192, 0, bar);
-                }
-            }
+            if (lane == 0) w4_copy_pieces(to, map, k0 >> 6, bar);
             return;
         }
 #endif
@@ -119,198 +94,230 @@ template <int TILES> struct w4_ring {
     }
 };
 
-/* One block of W times its inputs of x: acc[16 rows][8 columns]. `line`: this lane's row of x in the slot; 64 inputs
- * further it is x_step on, 8 rows further 1024. */
+/* What a lane reads of a slot: from where in its row of x, its codes; where its scales lie. */
+template <int TILES> struct w4_small_lane {
+    uint32_t row, piece, step; /* bytes of 64 inputs of x: of those before the row, turned, of all rows */
+    uint32_t codes;
+    w4_planes planes; /* of lane 4 * r + c: rows r and r + 8 of the first 16 rows (one tile), or of 16 rows c */
+
+    /* Columns that x does not have are its last row, and nobody stores them. */
+    __device__ __forceinline__ w4_small_lane(const w4_job &a, int lane)
+        : row(128 * min(lane & 7, w4_small_rows(TILES, a.m) - 1)), piece(lane >> 3),
+          step(128 * w4_small_rows(TILES, a.m)), codes(16 * lane),
+          planes(w4_planes_of(a, lane >> 2, TILES == 1 ? 0 : lane & 3)) {}
+};
+
+/* One block of W times its inputs of x: acc[16 rows][8 columns]. `x`, `weights`: of the slot. */
 template <typename T, int TILES, int GROUP>
-__device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], const char *bytes, uint32_t line,
-                                               uint32_t x_step, const w4_job &a, int lane) {
-    constexpr int UNIT = GROUP > 64 ? GROUP : 64, GROUPS = UNIT / GROUP;         /* inputs that are worked on at once */
-    constexpr int TURNS = TILES == 4 ? 4 : TILES == 2 ? 1 : 2, ROWS = 4 / TURNS; /* of the 64 rows */
+__device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], uint32_t x, uint32_t weights, const w4_job &a,
+                                               const w4_small_lane<TILES> &of, int lane) {
+    /* Inputs that are worked on at once, with 32 rows. Four or more sums are under way together: of 16 rows each, of
+     * tiles, or of halves of the inputs. */
+    constexpr int UNIT = GROUP == 32 || TILES == 4 ? 64 : 128, STEPS = UNIT / 16, CHUNKS = UNIT / 64;
+    constexpr int GROUPS = UNIT / (GROUP < UNIT ? GROUP : UNIT), SUMS = GROUPS == 1 && TILES > 1 ? 1 : 2;
+    uint32_t codes = weights + of.codes, line = x + of.row;
 #pragma unroll 1
     for (int unit = 0; unit < a.inputs; unit += UNIT) {
-        uint32_t pair[GROUPS]; /* of lane 4 * r + c: rows r and r + 8 of 16 rows c */
+        uint32_t b[CHUNKS][TILES][2][4];
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-            pair[g] = w4_scale_pair(a, bytes + a.code_bytes + (unit / GROUP + g) * a.group_bytes,
-                                    w4_planes_of(a, lane >> 2, lane & 3));
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            asm volatile("" ::: "memory"); /* a turn's words are not loaded before: registers */
-            float part[ROWS][TILES][4];
+            for (int t = 0; t < TILES; t++) {
+                const uint32_t from = w4_turned(line + chunk * of.step, of.piece) + t * 1024;
+                w4_load_columns(b[chunk][t][0], from);
+                w4_load_columns(b[chunk][t][1], from ^ 64);
+            }
+        /* One tile: every lane has the scales of all its rows, which is faster, and takes more registers. */
+        uint32_t own[GROUPS];
+        const uint32_t scales = weights + a.code_bytes + (unit >> a.group_shift) * a.group_bytes;
+        if (TILES > 1)
 #pragma unroll
-            for (int chunk = 0; chunk < UNIT / 64; chunk++) {
-                uint32_t b[TILES][2][4], word[ROWS][4];
-                const uint32_t at = line + (unit / 64 + chunk) * x_step;
+            for (int g = 0; g < GROUPS; g++) own[g] = w4_scale_pair(a, scales + g * a.group_bytes, of.planes);
 #pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    const uint32_t from = w4_turned(at + t * 1024, lane >> 3);
-                    w4_load_columns(b[t][0], from);
-                    w4_load_columns(b[t][1], from ^ 64);
+        for (int turn = 0; turn < 2; turn++) {
+            uint32_t word[CHUNKS][2][4], pair[GROUPS][2];
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; chunk++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) w4_load_codes(word[chunk][h], codes + (chunk * 4 + turn * 2 + h) * 512);
+            w4_planes planes = of.planes;
+            planes.at16 += 8 * turn, planes.at8 += 4 * turn, planes.at4 += 2 * turn, planes.at2 += turn;
+            planes.shift1 += 4 * turn;
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                if (TILES == 1)
+                    w4_scale_pairs(pair[g], a, scales + g * a.group_bytes, planes);
+                else
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        pair[g][h] = __shfl_sync(0xffffffffu, own[g], (lane & 28) + 2 * turn + h);
+            }
+            float part[SUMS][2][TILES][4];
+#pragma unroll
+            for (int sum = 0; sum < SUMS; sum++)
+#pragma unroll
+                for (int j = 0; j < 8 * TILES; j++) part[sum][j / (4 * TILES)][j / 4 % TILES][j % 4] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                /* Halves in turns. */
+                const int sum = i % SUMS, at = sum * (STEPS / SUMS) + i / SUMS, chunk = at >> 2, step = at & 3;
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    uint32_t q[4];
+                    w4_type<T>::numbers(q, word[chunk][h][step]);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        w4_type<T>::multiply(part[sum][h][t], q, b[chunk][t][step >> 1][2 * (step & 1)],
+                                             b[chunk][t][step >> 1][2 * (step & 1) + 1]);
                 }
+            }
 #pragma unroll
-                for (int i = 0; i < ROWS; i++) {
-                    const uint4 v =
-                        *(const uint4 *)(bytes + (((unit / 64 + chunk) * 4 + turn * ROWS + i) * 32 + lane) * 16);
-                    word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
-                }
+            for (int h = 0; h < 2; h++) {
+                float2 scale[GROUPS];
 #pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    if ((64 * chunk + 16 * step) % GROUP == 0)
+                for (int g = 0; g < GROUPS; g++) scale[g] = __half22float2(*(const __half2 *)&pair[g][h]);
 #pragma unroll
-                        for (int i = 0; i < ROWS; i++)
+                for (int t = 0; t < TILES; t++)
 #pragma unroll
-                            for (int t = 0; t < TILES; t++)
-#pragma unroll
-                                for (int e = 0; e < 4; e++) part[i][t][e] = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < ROWS; i++) {
-                        uint32_t q[4];
-                        w4_type<T>::numbers(q, word[i][step]);
-#pragma unroll
-                        for (int t = 0; t < TILES; t++)
-                            w4_type<T>::multiply(part[i][t], q, b[t][step >> 1][2 * (step & 1)],
-                                                 b[t][step >> 1][2 * (step & 1) + 1]);
+                    for (int e = 0; e < 4; e++) {
+                        const float one = part[0][h][t][e], two = part[SUMS - 1][h][t][e];
+                        const float s = e < 2 ? scale[0].x : scale[0].y;
+                        const float other = e < 2 ? scale[GROUPS - 1].x : scale[GROUPS - 1].y;
+                        float &sum = acc[2 * turn + h][t][e];
+                        sum = GROUPS == 1 ? fmaf(SUMS == 1 ? one : one + two, s, sum)
+                                          : fmaf(two, other, fmaf(one, s, sum));
                     }
-                    if ((64 * chunk + 16 * step + 16) % GROUP == 0)
+            }
+        }
+        codes += CHUNKS * 2048;
+        line += CHUNKS * of.step;
+    }
+}
+
+/* Sums of a run's part of a strip (or two), piece by piece of 16 rows and 8 columns: of pieces i and i + WARPS, warp i
+ * has the total. */
+template <int TILES> struct w4_total {
+    static constexpr int PIECES = 4 * TILES * w4_small_strips(TILES), WARPS = PIECES < 8 ? PIECES : 8;
+    static constexpr int MOST = PIECES / WARPS;             /* totals of a warp */
+    static constexpr int AT_ONCE = KVC_W4_SMALL_SUMS / 512; /* pieces of every warp that are added up at once */
+    float v[MOST][4];
+
+    /* Of this warp's i-th total: 16 rows of the strips, 8 columns. */
+    static __device__ __forceinline__ int rows_of(int i, int warp) { return (i * WARPS + warp) / TILES; }
+    static __device__ __forceinline__ int columns_of(int warp) { return warp % TILES; }
+
+    /* Adds the warps' up. `room`: KVC_W4_SMALL_SUMS bytes of each. */
+    __device__ __forceinline__ void add(const w4_job &a, float *room, const float (*acc)[TILES][4], int warp,
+                                        int lane) {
 #pragma unroll
-                        for (int i = 0; i < ROWS; i++) {
-                            const uint32_t two = __shfl_sync(0xffffffffu, pair[(64 * chunk + 16 * step) / GROUP],
-                                                             (lane & 28) + turn * ROWS + i);
-                            const float2 scale = __half22float2(*(const __half2 *)&two);
+        for (int first = 0; first < PIECES; first += AT_ONCE) {
+            __syncthreads();
 #pragma unroll
-                            for (int t = 0; t < TILES; t++)
-#pragma unroll
-                                for (int e = 0; e < 4; e++)
-                                    acc[turn * ROWS + i][t][e] += part[i][t][e] * (e < 2 ? scale.x : scale.y);
-                        }
-                }
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float (&from)[4] = acc[(first + i) / TILES][i % TILES];
+                *(float4 *)(room + ((warp * AT_ONCE + i) * 32 + lane) * 4) =
+                    make_float4(from[0], from[1], from[2], from[3]);
+            }
+            __syncthreads();
+            const int i = warp - first % WARPS;
+            if (i < 0 || i >= AT_ONCE) continue;
+            float (&sum)[4] = v[first / WARPS];
+            sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+#pragma unroll 8
+            for (int w = 0; w < a.warps; w++) {
+                const float4 one = *(const float4 *)(room + ((w * AT_ONCE + i) * 32 + lane) * 4);
+                sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
             }
         }
     }
-}
-
-/* Whose sums a thread has after the warps' have been added up: of round ROUND, element EACH. */
-template <int TILES> struct w4_sums {
-    static constexpr int THREADS = 32 * w4_small_warps(TILES), ROWS = w4_sum_rows(TILES);
-    static constexpr int ROUNDS = w4_small_strips(TILES) * KVC_W4_ROWS / ROWS;
-    static constexpr int EACH = (8 * TILES * ROWS + THREADS - 1) / THREADS;
-    static constexpr int OTHERS = 2; /* runs whose parts are read at once */
-    float value[ROUNDS][EACH];
-
-    /* Of x's row m: its place in that row's STRIPS * 64 sums. */
-    static __device__ __forceinline__ bool place(const w4_job &a, int round, int each, int &m, int &row) {
-        const int e = threadIdx.x + each * THREADS;
-        m = e / ROWS;
-        row = round * ROWS + e % ROWS;
-        return m < a.m;
-    }
 };
 
-/* The sums of a run's part of a strip (or two): to the workspace, or with what `others` runs before have of it, to
- * out. */
+/* A part's sums: to the workspace, or with what `others` runs before have of it, to out. Only columns that x has. */
 template <int TILES>
-__device__ __forceinline__ void w4_small_end(const w4_job &a, w4_sums<TILES> &sums, int strip, bool last, int others) {
-    using S = w4_sums<TILES>;
-    constexpr int WIDTH = w4_small_strips(TILES) * KVC_W4_ROWS;
-    const int pitch = a.m * WIDTH;
-    volatile uint32_t *const mine = (volatile uint32_t *)a.parts + (int64_t)blockIdx.x * pitch;
-    int m, row;
+__device__ __forceinline__ void w4_small_end(const w4_job &a, w4_total<TILES> &total, int strip, bool last, int others,
+                                             int warp, int lane) {
+    using W = w4_total<TILES>;
+    constexpr int PITCH = W::PIECES * 128, AT_ONCE = 4; /* words of a run; runs that are read at once */
+    const int column = 8 * W::columns_of(warp);
+    const bool has = column + 2 * (lane & 3) < a.m;
+    uint32_t *const mine = (uint32_t *)a.parts + (int64_t)blockIdx.x * PITCH + (warp * 32 + lane) * 4;
     if (!last) {
 #pragma unroll
-        for (int i = 0; i < S::ROUNDS; i++)
-#pragma unroll
-            for (int j = 0; j < S::EACH; j++)
-                if (S::place(a, i, j, m, row)) mine[m * WIDTH + row] = w4_part(sums.value[i][j]);
+        for (int i = 0; i < W::MOST; i++)
+            if (has)
+                w4_store_parts(mine + i * W::WARPS * 128, w4_part(total.v[i][0]), w4_part(total.v[i][1]),
+                               w4_part(total.v[i][2]), w4_part(total.v[i][3]));
         return;
     }
 #pragma unroll 1
-    for (int other = 1; other <= others; other += S::OTHERS) {
-        uint32_t bits[S::OTHERS][S::ROUNDS][S::EACH];
+    for (int other = 1; other <= others; other += AT_ONCE) {
+        uint32_t bits[AT_ONCE][W::MOST][4];
 #pragma unroll
-        for (int o = 0; o < S::OTHERS; o++)
+        for (int o = 0; o < AT_ONCE; o++)
 #pragma unroll
-            for (int i = 0; i < S::ROUNDS; i++)
+            for (int i = 0; i < W::MOST; i++)
+                if (has && other + o <= others)
+                    w4_load_parts(bits[o][i], mine - (other + o) * PITCH + i * W::WARPS * 128);
 #pragma unroll
-                for (int j = 0; j < S::EACH; j++)
-                    if (S::place(a, i, j, m, row) && other + o <= others)
-                        bits[o][i][j] = mine[m * WIDTH + row - (other + o) * pitch];
+        for (int o = 0; o < AT_ONCE; o++)
 #pragma unroll
-        for (int o = 0; o < S::OTHERS; o++)
+            for (int i = 0; i < W::MOST; i++) {
+                if (!has || other + o > others) continue;
+                uint32_t *const from = mine - (other + o) * PITCH + i * W::WARPS * 128;
+                uint32_t (&v)[4] = bits[o][i];
+                while (v[0] == EMPTY || v[1] == EMPTY || v[2] == EMPTY || v[3] == EMPTY) w4_load_parts(v, from);
+                w4_store_parts(from, EMPTY, EMPTY, EMPTY, EMPTY);
 #pragma unroll
-            for (int i = 0; i < S::ROUNDS; i++)
-#pragma unroll
-                for (int j = 0; j < S::EACH; j++) {
-                    if (!S::place(a, i, j, m, row) || other + o > others) continue;
-                    volatile uint32_t *const from = mine + (m * WIDTH + row - (other + o) * pitch);
-                    while (bits[o][i][j] == EMPTY) bits[o][i][j] = *from;
-                    *from = EMPTY;
-                    sums.value[i][j] += __uint_as_float(bits[o][i][j]);
-                }
+                for (int e = 0; e < 4; e++) total.v[i][e] += __uint_as_float(v[e]);
+            }
     }
 #pragma unroll
-    for (int i = 0; i < S::ROUNDS; i++)
-#pragma unroll
-        for (int j = 0; j < S::EACH; j++) {
-            const bool has = S::place(a, i, j, m, row);
-            const int n = strip * WIDTH + row;
-            if (!has || n >= a.n) continue;
-            float sum = sums.value[i][j] * a.factor;
-            if (a.bias) sum += w4_load(a.bias, a.bias_dtype, n);
-            w4_store(a.out + m * a.out_stride, a.out_dtype, n, sum);
-        }
+    for (int i = 0; i < W::MOST; i++) {
+        const int n0 = strip * w4_small_strips(TILES) * KVC_W4_ROWS + 16 * W::rows_of(i, warp);
+        const float (&v)[4] = total.v[i];
+        w4_store_sums(a, w4_end_of(a, a.factor, n0, lane), v[0], v[1], v[2], v[3], column, lane);
+    }
 }
 
 template <typename T, int TILES, int GROUP>
-__global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1)
+__global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     w4_small(const __grid_constant__ w4_job a, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) char memory[];
-    constexpr int ROWS = w4_sum_rows(TILES), PITCH = w4_sum_pitch(TILES), STRIPS = w4_small_strips(TILES);
-    constexpr int WARPS = w4_small_warps(TILES);
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, me = blockIdx.x;
-    /* [rings][zeros][barriers][sums] */
-    char *const slots = memory + warp * a.slots * a.slot_bytes;
-    char *const zeros = memory + WARPS * a.slots * a.slot_bytes;
-    const uint32_t bars = w4_shared(zeros + 128) + 8 * warp * a.slots;
-    float *const sums = (float *)(zeros + 128 + ((8 * WARPS * a.slots + 15) & ~15));
-    const int x_at = (STRIPS * a.block_bytes + 127) & ~127;
-
-    w4_run run;
-    w4_ring<TILES> ring = {a, run, &map, w4_shared(slots), bars, (uint32_t)x_at, lane, 0};
+    constexpr int STRIPS = w4_small_strips(TILES);
+    /* The compiler knows that it is the same in all lanes. */
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, warps = a.warps;
+    const w4_small_room room(a, w4_shared(memory), warp);
+    float *const sums = (float *)(memory + w4_small_sums_at(&a));
+    const w4_run run(a, blockIdx.x);
+    w4_ring<TILES> ring = {a, run, &map, room, lane, 0};
     int arrivals = 32;
 #if __CUDA_ARCH__ >= 900
     ring.policy = w4_read_once();
     arrivals = a.tensor ? 1 : 33;
 #endif
-    if (lane < a.slots) w4_barrier_init(bars + 8 * lane, arrivals);
+    if (lane < a.slots) w4_barrier_init(room.bars + 8 * lane, arrivals);
     if (threadIdx.x == 0 && a.tensor) w4_prefetch_map(&map);
-    if (threadIdx.x < 32) ((uint32_t *)zeros)[threadIdx.x] = 0;
-    w4_barriers_ready();
+    w4_own_barriers_ready();
 
-    const int first = me * a.run + min(me, a.longer), end = first + a.run + (me < a.longer);
-    const int last_strip = end / a.blocks;
-    run.count = end - first;
-    run.tail = min(end - last_strip * a.blocks, run.count);
-    run.rest_from = first - run.tail;
-    run.rest_block = first % a.blocks;
     if (!a.early) w4_wait_for_previous();
     w4_place ahead; /* of the next request */
     ahead.set(run, a.blocks, warp);
     const w4_place begun = ahead;
     for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
         ring.request_weights(s, ahead);
-        ahead.advance(run, a.blocks, WARPS);
+        ahead.advance(run, a.blocks, warps);
     }
     w4_let_next_begin();
     if (a.early) w4_wait_for_previous();
     ahead = begun;
     for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
         ring.request_x(s, ahead);
-        ahead.advance(run, a.blocks, WARPS);
+        ahead.advance(run, a.blocks, warps);
     }
 
-    const int column = lane & 7;
+    const w4_small_lane<TILES> of(a, lane);
     int at = warp, slot = 0, parity = 0;
-    int strip = run.tail > 0 ? last_strip : first / a.blocks;
+    int strip = run.tail > 0 ? run.last_strip : run.first / a.blocks;
     for (int stop = 0; stop < run.count;) {
         const bool last = stop >= run.tail;
         stop = last ? min((strip + 1) * a.blocks - run.rest_from, run.count) : run.tail;
@@ -322,58 +329,26 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), TILES == 1 ? 2 : 1
 #pragma unroll
                 for (int e = 0; e < 4; e++) acc[i][t][e] = 0.0f;
 #pragma unroll 1
-        for (; at < stop; at += WARPS) {
-            w4_barrier_wait(bars + 8 * slot, parity);
+        for (; at < stop; at += warps) {
+            w4_barrier_wait(room.bars + 8 * slot, parity);
             __syncwarp();
-            const char *const bytes = slots + slot * a.slot_bytes;
-            /* Columns that x does not have are read from one place. */
-            const bool has = TILES > 1 || column < a.m;
-            const uint32_t line = has ? w4_shared(bytes) + x_at + column * 128 : w4_shared(zeros);
 #pragma unroll
             for (int s = 0; s < STRIPS; s++)
-                w4_small_block<T, TILES, GROUP>(acc + 4 * s, bytes + s * a.block_bytes, line,
-                                                has ? 128 * ring.rows() : 0, a, lane);
+                w4_small_block<T, TILES, GROUP>(acc + 4 * s, room.x + slot * a.x_bytes,
+                                                room.weights + slot * a.slot_bytes + s * a.block_bytes, a, of, lane);
             __syncwarp();
-            ahead.i = at + WARPS * a.slots;
             if (ahead.i < run.count) {
                 ring.request_weights(slot, ahead);
                 ring.request_x(slot, ahead);
-                ahead.advance(run, a.blocks, WARPS);
+                ahead.advance(run, a.blocks, warps);
             }
             if (++slot == a.slots) slot = 0, parity ^= 1;
         }
-        /* Runs that have a part of this strip: those since the one in which it begins. */
-        int other = me;
-        if (const int from = strip * a.blocks; first > from) {
-            const int far = a.longer * (a.run + 1);
-            other = from < far ? from / (a.run + 1) : a.longer + (from - far) / a.run;
-        }
-        w4_sums<TILES> total;
-#pragma unroll
-        for (int round = 0; round < w4_sums<TILES>::ROUNDS; round++) {
-#pragma unroll
-            for (int i = 0; i < ROWS / 16; i++)
-#pragma unroll
-                for (int t = 0; t < TILES; t++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int m = 8 * t + 2 * (lane & 3) + (e & 1), row = 16 * i + (lane >> 2) + 8 * (e >> 1);
-                        if (m < a.m) sums[(warp * a.m + m) * PITCH + row] = acc[round * (ROWS / 16) + i][t][e];
-                    }
-            __syncthreads();
-#pragma unroll
-            for (int j = 0; j < w4_sums<TILES>::EACH; j++) {
-                int m, row;
-                float sum = 0.0f;
-                if (w4_sums<TILES>::place(a, 0, j, m, row))
-#pragma unroll
-                    for (int w = 0; w < WARPS; w++) sum += sums[(w * a.m + m) * PITCH + row];
-                total.value[round][j] = sum;
-            }
-            __syncthreads();
-        }
-        w4_small_end<TILES>(a, total, strip, last, me - other);
-        strip = last ? strip + 1 : first / a.blocks;
+        w4_total<TILES> total;
+        total.add(a, sums, acc, warp, lane);
+        if (warp < w4_total<TILES>::WARPS)
+            w4_small_end<TILES>(a, total, strip, last, blockIdx.x - run.begins_in(a, strip), warp, lane);
+        strip = last ? strip + 1 : run.first / a.blocks;
     }
 }
 
@@ -382,8 +357,9 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     const int shared = w4_small_shared(a, device);
     if (shared == 0) return cudaErrorInvalidConfiguration;
     CUtensorMap map = {};
-    a->tensor = a->aligned && device->capability >= 90 && (a->m == 1 || a->x_stride >= 2 * (int64_t)a->k) &&
-                w4_map_of(&map, a, TILES == 1 ? a->m : 8 * TILES, w4_type<T>::DTYPE == KVC_BFLOAT16) == cudaSuccess;
+    a->tensor = a->aligned && device->capability >= 90 && a->k % 64 == 0 &&
+                (a->m == 1 || a->x_stride >= 2 * (int64_t)a->k) &&
+                w4_map_of(&map, a, 3, w4_small_rows(TILES, a->m), w4_type<T>::DTYPE == KVC_BFLOAT16) == cudaSuccess;
     auto *const kernel = w4_small<T, TILES, GROUP>;
     static bool known[64]; /* by device */
     int at = 0;
@@ -398,9 +374,12 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     const int grid = pieces < device->multiprocessors ? pieces : device->multiprocessors;
     a->run = pieces / grid;
     a->longer = pieces % grid;
+    a->by_run = w4_divisor::of(a->run);
+    a->by_longer = w4_divisor::of(a->run + 1);
+    a->by_blocks = w4_divisor::of(a->blocks);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)grid);
-    config.blockDim = dim3(32 * w4_small_warps(TILES));
+    config.blockDim = dim3(32 * a->warps);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     cudaLaunchAttribute overlap = {};
