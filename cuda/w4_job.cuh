@@ -44,15 +44,13 @@ struct w4_job {
 /* Rows of x that w4_small takes at once: 8, 16, 32. */
 #define KVC_W4_SMALL_ROWS 32
 /* From here on w4_large takes them, where it can. */
-#define KVC_W4_LARGE_ROWS 17
+#define KVC_W4_LARGE_ROWS 33
 
 /* w4_small: tiles of 8 rows of x. */
 static inline int w4_small_tiles(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
 
-/* Most warps of a block of threads; strips of W that share a copy of x, of which there is as much as of W at 16 rows.
- */
-__host__ __device__ constexpr int w4_small_warps(int tiles) { return tiles == 1 ? 16 : 8; }
-__host__ __device__ constexpr int w4_small_strips(int tiles) { return tiles == 2 ? 2 : 1; }
+/* Most warps of a block of threads. */
+__host__ __device__ constexpr int w4_small_warps(int tiles) { return tiles == 1 ? 16 : tiles == 2 ? 12 : 8; }
 
 /* Rows of x that a copy brings. */
 __host__ __device__ constexpr int w4_small_rows(int tiles, int m) { return tiles == 1 ? m : 8 * tiles; }
@@ -60,8 +58,8 @@ __host__ __device__ constexpr int w4_small_rows(int tiles, int m) { return tiles
 /* Bytes of a warp's sums that are added to the others' at once. */
 #define KVC_W4_SMALL_SUMS 2048
 
-/* Words of the workspace a multiprocessor: sums of a piece's rows and 8, 16, 32 columns. */
-static inline int64_t w4_small_words(int64_t m) { return m <= 8 ? 8 * KVC_W4_ROWS : 32 * KVC_W4_ROWS; }
+/* Words of the workspace a multiprocessor: sums of a strip's rows and 8, 16, 32 columns. */
+static inline int64_t w4_small_words(int64_t m) { return KVC_W4_ROWS * (m <= 8 ? 8 : m <= 16 ? 16 : 32); }
 
 /* Where the warps' sums lie in shared memory. */
 __host__ __device__ inline int w4_small_sums_at(const w4_job *a) {
@@ -72,7 +70,7 @@ __host__ __device__ inline int w4_small_sums_at(const w4_job *a) {
 static inline int w4_small_shared(w4_job *a, const kvc_gpu *device) {
     const int tiles = w4_small_tiles(a->m), most = w4_small_warps(tiles);
     a->x_bytes = w4_small_rows(tiles, a->m) * 2 * a->inputs;
-    a->slot_bytes = w4_small_strips(tiles) * a->block_bytes;
+    a->slot_bytes = a->block_bytes;
     /* Two slots a warp: the copies of one hide behind the products of the other. More delay the first pieces, because
      * all are requested at once. */
     for (a->slots = 2; a->slots > 0; a->slots--)
@@ -91,4 +89,4 @@ cudaError_t kvc_w4_small_bfloat(w4_job *job, int group, const kvc_gpu *device, c
  * each multiprocessor. w4_large_half.cu, w4_large_bfloat.cu. */
 cudaError_t kvc_w4_large_half(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
 cudaError_t kvc_w4_large_bfloat(const w4_job *job, int group, const kvc_gpu *device, cudaStream_t stream);
-static inline int64_t w4_large_words(int64_t m) { return 256 * (m <= 32 ? 32 : m <= 64 ? 64 : 128); }
+static inline int64_t w4_large_words(int64_t m) { return 256 * (m <= 64 ? 64 : 128); }

@@ -1,4 +1,4 @@
-/* w4_large.cuh: x * W^T for more than 16 rows of x, on sm_90a: wgmma with W as its register operand.
+/* w4_large.cuh: x * W^T for more than 32 rows of x, on sm_90a: wgmma with W as its register operand.
  *
  * A tile is 128 * STRIPS rows of W (64 * STRIPS a warpgroup) times COLUMNS rows of x. One warp requests copies, x by a
  * tensor map with a swizzle of 128 bytes, W as it lies; two warpgroups turn codes into numbers, times their scales,
@@ -226,7 +226,7 @@ template <int STRIPS, bool FINE> struct w4_fragment {
             for (int f = 0; f < (FINE ? 2 : 1); f++) {
                 const int input = (a.inputs == STEP ? 0 : step & 1) * STEP + chunk * 64 + f * 32;
                 const int group = FINE ? input / 32 : input >> a.group_shift;
-                pair[s][f] = w4_scale_pair(a, w4_shared(at) + s * STRIP + CODES + group * a.group_bytes, of);
+                pair[s][f] = w4_scale_pair(a, at + s * STRIP + CODES + group * a.group_bytes, of);
             }
         }
     }
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         __syncwarp();
         if (lane == 0) w4_barrier_arrive(empty + 8 * held);
         int n_tile, m_tile;
-        constexpr int AT_ONCE = GROUPS > 2 && SUMS > 16 ? 4 : SUMS < 32 ? SUMS / 4 : 8;
+        constexpr int AT_ONCE = GROUPS > 2 ? 4 : 8;
         if (plan.split > 1) {
             work.place(n_tile, m_tile);
             w4_large_add<T, GROUPS, STRIPS, COLUMNS>(a, plan.split, acc, base, stages, n_tile, m_tile);
@@ -556,7 +556,7 @@ template <typename T> cudaError_t w4_large_any(const w4_job *a, int group, const
 #define TAKE(COLUMNS)                                                 \
     (group == 32 ? w4_large_take<T, COLUMNS, true>(a, device, stream) \
                  : w4_large_take<T, COLUMNS, false>(a, device, stream))
-    return a->m <= 32 ? TAKE(32) : a->m <= 64 ? TAKE(64) : TAKE(128);
+    return a->m <= 64 ? TAKE(64) : TAKE(128);
 #undef TAKE
 }
 

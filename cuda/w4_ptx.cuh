@@ -261,14 +261,10 @@ __device__ __forceinline__ w4_planes w4_planes_of(const w4_job &a, int r, int ti
 /* fp16's bits of those scales (r in the low half), without the matrix's exponent. `at`: the scales of 64 rows and one
  * group, in shared memory, and 128 bytes that may be read. No branch depends on the format: what planes that are not
  * there give is multiplied by 0. */
-__device__ __forceinline__ uint32_t w4_scale_pair(const w4_job &a, uint32_t at, const w4_planes &of) {
-    uint32_t v16, v8, v4, v2, v1;
-    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v16) : "r"(at + of.at16));
-    asm volatile("ld.shared.u16 %0,[%1];" : "=r"(v8) : "r"(at + of.at8));
-    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v4) : "r"(at + of.at4));
-    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v2) : "r"(at + of.at2));
-    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v1) : "r"(at + of.at1));
-    v2 >>= of.shift2, v1 >>= of.shift1;
+__device__ __forceinline__ uint32_t w4_scale_pair(const w4_job &a, const char *at, const w4_planes &of) {
+    const uint32_t v16 = *(const uint32_t *)(at + of.at16), v8 = *(const uint16_t *)(at + of.at8);
+    const uint32_t v4 = *(const uint8_t *)(at + of.at4), v2 = *(const uint8_t *)(at + of.at2) >> of.shift2;
+    const uint32_t v1 = *(const uint8_t *)(at + of.at1) >> of.shift1;
     const uint32_t pair =
         __byte_perm(v8, 0, 0x4140) * a.plane_factor[0] + (v4 * 0x1001 & 0x000f000f) * a.plane_factor[1] +
         ((v2 * 0x4001) & 0x00030003) * a.plane_factor[2] + ((v1 * 0x8001) & 0x00010001) * a.plane_factor[3];

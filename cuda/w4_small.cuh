@@ -1,11 +1,11 @@
 /* w4_small.cuh: x * W^T for up to 32 rows of x: a stream of weights.
  *
- * One block of threads a multiprocessor takes an equal run of W's pieces (a block of one strip, or those of two strips
- * and the same inputs, which share x), in the order strip by strip; its warps take turns, each with a ring of its own
- * of copies of pieces and of the inputs of x that go with them. W is the first operand of m16n8k16, as its codes lie; q
- * is exact, and a group's sums are multiplied by its scales in fp32. What a warp does for a piece is bound by latency
- * and by instructions: four sums or more are under way at once, one lane requests W by one copy a strip and all of x by
- * one copy of a tensor map, and nothing is divided.
+ * One block of threads a multiprocessor takes an equal run of W's pieces (blocks), in the order strip by strip; its
+ * warps take turns, each with a ring of its own of copies of pieces and of the inputs of x that go with them. (The L2
+ * gives twice what the memory does, so x may come as often as W.) W is the first operand of m16n8k16, as its codes lie;
+ * q is exact, and a group's sums are multiplied by its scales in fp32. What a warp does for a piece is bound by latency
+ * and by instructions: four sums or more are under way at once, one lane requests W by one copy and all of x by one
+ * copy of a tensor map, and nothing is divided.
  *
  * A run may end within a strip: the sums of that part, which is worked on first, go to the workspace, where the block
  * of threads that has the strip's end finds them. They are their own flags: words of the workspace are EMPTY
@@ -32,7 +32,6 @@ struct w4_small_room {
 };
 
 template <int TILES> struct w4_ring {
-    static constexpr int STRIPS = w4_small_strips(TILES);
     const w4_job &a;
     const w4_run &run;
     const CUtensorMap *map;
@@ -42,22 +41,15 @@ template <int TILES> struct w4_ring {
 
     __device__ __forceinline__ void request_weights(int slot, const w4_place &p) const {
         const uint32_t to = room.weights + slot * a.slot_bytes;
-        const int piece = p.piece(run), block = STRIPS == 1 ? piece : 2 * piece - p.block;
-        const char *const from = a.packed + (int64_t)block * a.block_bytes;
-        /* Without a second strip the first one comes again, for rows that nobody stores. */
-        const int64_t second = block - p.block + a.blocks < a.strips * a.blocks ? (int64_t)a.blocks * a.block_bytes : 0;
+        const char *const from = a.packed + (int64_t)p.piece(run) * a.block_bytes;
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
             const uint32_t bar = room.bars + 8 * slot;
-            w4_expect(bar, STRIPS * a.block_bytes + (a.tensor ? a.x_bytes : 0));
+            w4_expect(bar, a.block_bytes + (a.tensor ? a.x_bytes : 0));
             w4_copy_counted(to, from, a.block_bytes, bar, policy);
-            if (STRIPS == 2) w4_copy_counted(to + a.block_bytes, from + second, a.block_bytes, bar, policy);
         }
 #else
-        for (int at = 16 * lane; at < a.block_bytes; at += 512) {
-            w4_copy16(to + at, from + at, 16);
-            if (STRIPS == 2) w4_copy16(to + a.block_bytes + at, from + second + at, 16);
-        }
+        for (int at = 16 * lane; at < a.block_bytes; at += 512) w4_copy16(to + at, from + at, 16);
 #endif
     }
 
@@ -109,13 +101,13 @@ template <int TILES> struct w4_small_lane {
 
 /* One block of W times its inputs of x: acc[16 rows][8 columns]. `x`, `weights`: of the slot. */
 template <typename T, int TILES, int GROUP>
-__device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], uint32_t x, uint32_t weights, const w4_job &a,
-                                               const w4_small_lane<TILES> &of, int lane) {
+__device__ __forceinline__ void w4_small_block(float (&acc)[4][TILES][4], uint32_t x, const char *weights,
+                                               const w4_job &a, const w4_small_lane<TILES> &of, int lane) {
     /* Inputs that are worked on at once, with 32 rows. Four or more sums are under way together: of 16 rows each, of
      * tiles, or of halves of the inputs. */
     constexpr int UNIT = GROUP == 32 || TILES == 4 ? 64 : 128, STEPS = UNIT / 16, CHUNKS = UNIT / 64;
     constexpr int GROUPS = UNIT / (GROUP < UNIT ? GROUP : UNIT), SUMS = GROUPS == 1 && TILES > 1 ? 1 : 2;
-    uint32_t codes = weights + of.codes, line = x + of.row;
+    uint32_t codes = w4_shared(weights) + of.codes, line = x + of.row;
 #pragma unroll 1
     for (int unit = 0; unit < a.inputs; unit += UNIT) {
         uint32_t b[CHUNKS][TILES][2][4];
@@ -129,7 +121,7 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], uint32_t 
             }
         /* One tile: every lane has the scales of all its rows, which is faster, and takes more registers. */
         uint32_t own[GROUPS];
-        const uint32_t scales = weights + a.code_bytes + (unit >> a.group_shift) * a.group_bytes;
+        const char *const scales = weights + a.code_bytes + (unit >> a.group_shift) * a.group_bytes;
         if (TILES > 1)
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) own[g] = w4_scale_pair(a, scales + g * a.group_bytes, of.planes);
@@ -146,7 +138,7 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], uint32_t 
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) {
                 if (TILES == 1)
-                    w4_scale_pairs(pair[g], a, scales + g * a.group_bytes, planes);
+                    w4_scale_pairs(pair[g], a, w4_shared(scales) + g * a.group_bytes, planes);
                 else
 #pragma unroll
                     for (int h = 0; h < 2; h++)
@@ -194,20 +186,20 @@ __device__ __forceinline__ void w4_small_block(float (*acc)[TILES][4], uint32_t 
     }
 }
 
-/* Sums of a run's part of a strip (or two), piece by piece of 16 rows and 8 columns: of pieces i and i + WARPS, warp i
- * has the total. */
+/* Sums of a run's part of a strip, piece by piece of 16 rows and 8 columns: of pieces i and i + WARPS, warp i has the
+ * total. */
 template <int TILES> struct w4_total {
-    static constexpr int PIECES = 4 * TILES * w4_small_strips(TILES), WARPS = PIECES < 8 ? PIECES : 8;
+    static constexpr int PIECES = 4 * TILES, WARPS = PIECES < 8 ? PIECES : 8;
     static constexpr int MOST = PIECES / WARPS;             /* totals of a warp */
     static constexpr int AT_ONCE = KVC_W4_SMALL_SUMS / 512; /* pieces of every warp that are added up at once */
     float v[MOST][4];
 
-    /* Of this warp's i-th total: 16 rows of the strips, 8 columns. */
+    /* Of this warp's i-th total: 16 rows of the strip, 8 columns. */
     static __device__ __forceinline__ int rows_of(int i, int warp) { return (i * WARPS + warp) / TILES; }
     static __device__ __forceinline__ int columns_of(int warp) { return warp % TILES; }
 
     /* Adds the warps' up. `room`: KVC_W4_SMALL_SUMS bytes of each. */
-    __device__ __forceinline__ void add(const w4_job &a, float *room, const float (*acc)[TILES][4], int warp,
+    __device__ __forceinline__ void add(const w4_job &a, float *room, const float (&acc)[4][TILES][4], int warp,
                                         int lane) {
 #pragma unroll
         for (int first = 0; first < PIECES; first += AT_ONCE) {
@@ -273,7 +265,7 @@ __device__ __forceinline__ void w4_small_end(const w4_job &a, w4_total<TILES> &t
     }
 #pragma unroll
     for (int i = 0; i < W::MOST; i++) {
-        const int n0 = strip * w4_small_strips(TILES) * KVC_W4_ROWS + 16 * W::rows_of(i, warp);
+        const int n0 = strip * KVC_W4_ROWS + 16 * W::rows_of(i, warp);
         const float (&v)[4] = total.v[i];
         w4_store_sums(a, w4_end_of(a, a.factor, n0, lane), v[0], v[1], v[2], v[3], column, lane);
     }
@@ -283,10 +275,10 @@ template <typename T, int TILES, int GROUP>
 __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     w4_small(const __grid_constant__ w4_job a, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) char memory[];
-    constexpr int STRIPS = w4_small_strips(TILES);
     /* The compiler knows that it is the same in all lanes. */
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, warps = a.warps;
     const w4_small_room room(a, w4_shared(memory), warp);
+    const char *const weights = memory + (room.weights - w4_shared(memory));
     float *const sums = (float *)(memory + w4_small_sums_at(&a));
     const w4_run run(a, blockIdx.x);
     w4_ring<TILES> ring = {a, run, &map, room, lane, 0};
@@ -321,9 +313,9 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     for (int stop = 0; stop < run.count;) {
         const bool last = stop >= run.tail;
         stop = last ? min((strip + 1) * a.blocks - run.rest_from, run.count) : run.tail;
-        float acc[STRIPS * 4][TILES][4];
+        float acc[4][TILES][4];
 #pragma unroll
-        for (int i = 0; i < STRIPS * 4; i++)
+        for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -332,10 +324,7 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
         for (; at < stop; at += warps) {
             w4_barrier_wait(room.bars + 8 * slot, parity);
             __syncwarp();
-#pragma unroll
-            for (int s = 0; s < STRIPS; s++)
-                w4_small_block<T, TILES, GROUP>(acc + 4 * s, room.x + slot * a.x_bytes,
-                                                room.weights + slot * a.slot_bytes + s * a.block_bytes, a, of, lane);
+            w4_small_block<T, TILES, GROUP>(acc, room.x + slot * a.x_bytes, weights + slot * a.slot_bytes, a, of, lane);
             __syncwarp();
             if (ahead.i < run.count) {
                 ring.request_weights(slot, ahead);
@@ -369,8 +358,7 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
         if (error == cudaSuccess && at < 64) known[at] = true;
     }
     if (error != cudaSuccess) return error;
-    constexpr int STRIPS = w4_small_strips(TILES);
-    const int pieces = (a->strips + STRIPS - 1) / STRIPS * a->blocks;
+    const int pieces = a->strips * a->blocks;
     const int grid = pieces < device->multiprocessors ? pieces : device->multiprocessors;
     a->run = pieces / grid;
     a->longer = pieces % grid;

@@ -1,4 +1,4 @@
-/* w4_wgmma.cuh: wgmma with weights from registers: 64 rows of W times 32, 64 or 128 rows of x in shared memory. */
+/* w4_wgmma.cuh: wgmma with weights from registers: 64 rows of W times 64 or 128 rows of x in shared memory. */
 #pragma once
 #include "w4_ptx.cuh"
 
@@ -6,24 +6,6 @@ namespace {
 
 /* d += a * x of 16 inputs; x: descriptor of [rows][64 inputs] with a swizzle of 128 bytes. The last argument chooses
  * the type. */
-__device__ __forceinline__ void w4_wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t x, const __half *) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-                 ",{%16,%17,%18,%19},%20,1,1,1,0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
-}
-
-__device__ __forceinline__ void w4_wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t x, const __nv_bfloat16 *) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-                 ",{%16,%17,%18,%19},%20,1,1,1,0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
-}
-
 __device__ __forceinline__ void w4_wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t x, const __half *) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%"

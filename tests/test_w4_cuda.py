@@ -62,7 +62,7 @@ class Weights:
         if bias is not None:
             want, size = want + bias.double(), size + bias.double().abs()
         rounded = 2.0**-12 if x.dtype == torch.float16 else 2.0**-9
-        bound = (2.0**-20 if x.shape[0] <= 16 else 2.0**-16 + rounded) * size + EPSILON[dtype] * (want.abs() + 2.0**-13)
+        bound = (2.0**-20 if x.shape[0] <= 32 else 2.0**-16 + rounded) * size + EPSILON[dtype] * (want.abs() + 2.0**-13)
         worst = ((got - want).abs() / bound.clamp_min(1e-30)).max()
         assert worst <= 1, f"{float(worst):.2f} times the bound"
 
@@ -83,7 +83,7 @@ def test_small() -> None:
     """For the sanitizers: both kernels, whole tiles and tails."""
     for n, k, group, bits in ((130, 300, 64, 3), (128, 512, 128, 5), (64, 256, 32, -1)):
         weights = Weights(1, n, k, group, bits)
-        for m in (1, 12, 20, 70, 300):
+        for m in (1, 12, 20, 40, 300):
             weights.check(normal(m, m, k, dtype=torch.bfloat16), normal(3, n).cuda())
 
 
@@ -157,7 +157,7 @@ def test_rows_of_x_and_out_apart(m: int) -> None:
         x, out = normal(1, m, 600, dtype=torch.float16).cuda(), torch.full((m, 500), 7.0, device="cuda")
         part = x[:, first : first + 256]
         weights.matmul(part, out=out[:, 100:300])
-        if m <= 16 or first % 8 == 0:
+        if m <= 32 or first % 8 == 0:
             assert torch.equal(out[:, 100:300], weights.matmul(part.contiguous()))
         else:
             weights.check(part)

@@ -40,7 +40,7 @@ GROUP, MBITS = 128, 5
 _DENSE = ("cuBLAS fp16", "cuBLAS bf16", "torch fp16", "torch bf16")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
-_MANY_ROWS = 16  # more of them take the other kernels of CUDA, which w4.h bounds apart
+_MANY_ROWS = 32  # more of them take the other kernels of CUDA, which w4.h bounds apart
 # There weights are rounded to x's type, unless scales have so few mantissa bits that it holds them.
 _ROUNDED = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 _HELD_MBITS = {torch.float16: 7, torch.bfloat16: 4}
