@@ -64,11 +64,11 @@ template <int TILES> struct w4_ring {
         }
 #endif
         const int shift = a.inputs == 128 ? 4 : 5, pieces = a.m << shift; /* of 8 inputs */
-        if (a.aligned) {
+        if (a.aligned && a.k % 8 == 0) { /* a copy of fewer than 16 bytes would read 16 */
 #pragma unroll 1
             for (int q = lane; q < pieces; q += 32) {
                 const int row = q >> shift, piece = q & ((1 << shift) - 1), k = k0 + 8 * piece;
-                const int bytes = min(max(2 * (a.k - k), 0), 16);
+                const int bytes = k < a.k ? 16 : 0;
                 w4_copy16(w4_turned(to + (piece >> 3) * pitch + 128 * row, piece & 7),
                           a.x + row * a.x_stride + (bytes ? 2 * (int64_t)k : 0), bytes);
             }
