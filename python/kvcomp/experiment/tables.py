@@ -27,6 +27,8 @@ SOURCES = {
     **{name: (_POLICIES, "quality", name) for name in ("policies", "policies_text", "policies_gain", "coding")},
     **{f"{name}_fresh": (_FRESH, "quality", name) for name in ("policies", "policies_gain", "policies_goals")},
     **{name: (_H200 / f"{name.split('_')[0]}.json", name.split("_")[0], name) for name in tables_gpu.ROWS},
+    "decode_w4": (_H200 / "decode_w4.json", "decode", "decode"),
+    "decode_w4_shares": (_H200 / "decode_w4.json", "decode", "decode_shares"),
     **{name: (_H200 / "bsr.json", "bsr", name) for name in tables_bsr.ROWS},
     "l2_rate": (_H200 / "l2_rate.json", "l2_rate", "l2_rate"),
     "bsr_cpu": (Path("experiments/results/cpu/bsr.json"), "bsr", "bsr_rivals"),
