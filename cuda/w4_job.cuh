@@ -44,13 +44,16 @@ struct w4_job {
 /* Rows of x that w4_small takes at once: 8, 16, 32. */
 #define KVC_W4_SMALL_ROWS 32
 /* From here on w4_large takes them, where it can. */
-#define KVC_W4_LARGE_ROWS 33
+#define KVC_W4_LARGE_ROWS (KVC_W4_SMALL_ROWS + 1)
 
 /* w4_small: tiles of 8 rows of x. */
 static inline int w4_small_tiles(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
 
 /* Most warps of a block of threads. */
 __host__ __device__ constexpr int w4_small_warps(int tiles) { return tiles == 1 ? 16 : tiles == 2 ? 12 : 8; }
+
+/* A warp for each piece of 16 x 8 sums, or two: w4_total. */
+#define KVC_W4_SMALL_LEAST_WARPS 8
 
 /* Rows of x that a copy brings. */
 __host__ __device__ constexpr int w4_small_rows(int tiles, int m) { return tiles == 1 ? m : 8 * tiles; }
@@ -72,9 +75,9 @@ static inline int w4_small_shared(w4_job *a, const kvc_gpu *device) {
     a->x_bytes = w4_small_rows(tiles, a->m) * 2 * a->inputs;
     a->slot_bytes = a->block_bytes;
     /* Two slots a warp: the copies of one hide behind the products of the other. More delay the first pieces, because
-     * all are requested at once. */
+     * all are requested at once. One where two do not fit, as blocks of 256 inputs from 9 rows of x on. */
     for (a->slots = 2; a->slots > 0; a->slots--)
-        for (a->warps = most; a->warps >= 8; a->warps--) {
+        for (a->warps = most; a->warps >= KVC_W4_SMALL_LEAST_WARPS; a->warps--) {
             const int bytes = w4_small_sums_at(a) + a->warps * KVC_W4_SMALL_SUMS;
             if (bytes <= device->shared_most) return bytes;
         }

@@ -1,8 +1,8 @@
 /* w4_large.cuh: x * W^T for more than 32 rows of x, on sm_90a: wgmma with W as its register operand.
  *
  * A tile is 128 * STRIPS rows of W (64 * STRIPS a warpgroup) times COLUMNS rows of x. One warp requests copies, x by a
- * tensor map with a swizzle of 128 bytes, W as it lies; two warpgroups turn codes into numbers, times their scales,
- * while products of the step before run; codes and scales are loaded 64 inputs ahead.
+ * tensor map with a swizzle of 128 bytes, W as it lies; two or four warpgroups turn codes into numbers, times their
+ * scales, while products of the step before run; codes and scales are loaded 64 inputs ahead.
  *
  * Few tiles: each is one block's, or its inputs are shared by the blocks of a cluster, which add their sums up through
  * each other's shared memory. Many tiles: as many as fill all multiprocessors equally are taken whole; what is left is

@@ -55,7 +55,7 @@ __device__ __forceinline__ void w4_barrier_wait(uint32_t bar, int parity) {
 
 /* ---- copies to shared memory */
 
-/* 16 bytes, the last 16 - bytes of which become zeros. */
+/* 16 bytes, or zeros where `bytes` is 0. Between them all 16 would be read. */
 __device__ __forceinline__ void w4_copy16(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }

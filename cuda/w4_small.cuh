@@ -2,10 +2,10 @@
  *
  * One block of threads a multiprocessor takes an equal run of W's pieces (blocks), in the order strip by strip; its
  * warps take turns, each with a ring of its own of copies of pieces and of the inputs of x that go with them. (The L2
- * gives twice what the memory does, so x may come as often as W.) W is the first operand of m16n8k16, as its codes lie;
- * q is exact, and a group's sums are multiplied by its scales in fp32. What a warp does for a piece is bound by latency
- * and by instructions: four sums or more are under way at once, one lane requests W by one copy and all of x by one
- * copy of a tensor map, and nothing is divided.
+ * gives twice what the memory does, so that up to 16 rows of x may come as often as W.) W is the first operand of
+ * m16n8k16, as its codes lie; q is exact, and a group's sums are multiplied by its scales in fp32. What a warp does for
+ * a piece is bound by latency and by instructions: four sums or more are under way at once, one lane requests W by one
+ * copy and all of x by one copy of a tensor map, and nothing is divided in between.
  *
  * A run may end within a strip: the sums of that part, which is worked on first, go to the workspace, where the block
  * of threads that has the strip's end finds them. They are their own flags: words of the workspace are EMPTY
@@ -88,15 +88,15 @@ template <int TILES> struct w4_ring {
 
 /* What a lane reads of a slot: from where in its row of x, its codes; where its scales lie. */
 template <int TILES> struct w4_small_lane {
-    uint32_t row, piece, step; /* bytes of 64 inputs of x: of those before the row, turned, of all rows */
+    uint32_t row, step; /* bytes of 64 inputs of x: of those before the row, of all rows */
+    uint32_t piece;     /* of 16 bytes, 0..3 */
     uint32_t codes;
     w4_planes planes; /* of lane 4 * r + c: rows r and r + 8 of the first 16 rows (one tile), or of 16 rows c */
 
-    /* Columns that x does not have are its last row, and nobody stores them. */
+    /* Columns that x does not have are its last row (one tile), zeros, or what lay there: nobody stores them. */
     __device__ __forceinline__ w4_small_lane(const w4_job &a, int lane)
-        : row(128 * min(lane & 7, w4_small_rows(TILES, a.m) - 1)), piece(lane >> 3),
-          step(128 * w4_small_rows(TILES, a.m)), codes(16 * lane),
-          planes(w4_planes_of(a, lane >> 2, TILES == 1 ? 0 : lane & 3)) {}
+        : row(128 * min(lane & 7, w4_small_rows(TILES, a.m) - 1)), step(128 * w4_small_rows(TILES, a.m)),
+          piece(lane >> 3), codes(16 * lane), planes(w4_planes_of(a, lane >> 2, TILES == 1 ? 0 : lane & 3)) {}
 };
 
 /* One block of W times its inputs of x: acc[16 rows][8 columns]. `x`, `weights`: of the slot. */
@@ -192,6 +192,7 @@ template <int TILES> struct w4_total {
     static constexpr int PIECES = 4 * TILES, WARPS = PIECES < 8 ? PIECES : 8;
     static constexpr int MOST = PIECES / WARPS;             /* totals of a warp */
     static constexpr int AT_ONCE = KVC_W4_SMALL_SUMS / 512; /* pieces of every warp that are added up at once */
+    static_assert(WARPS <= KVC_W4_SMALL_LEAST_WARPS, "every total has a warp");
     float v[MOST][4];
 
     /* Of this warp's i-th total: 16 rows of the strip, 8 columns. */

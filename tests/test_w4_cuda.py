@@ -91,7 +91,7 @@ def test_small() -> None:
 def test_rare_formats(bits: int) -> None:
     for group in (32, 64, 128):
         weights = Weights(1, 130, 300, group, bits)
-        for m in (1, 16, 40, 200):
+        for m in (1, 16, 24, 40, 200):
             weights.check(normal(m, m, 300, dtype=torch.float16))
 
 
@@ -142,10 +142,10 @@ def test_sums_of_many_equal_terms() -> None:
 def test_large_and_small_x() -> None:
     weights = Weights(6, 128, 512, 128, 3)
     for size in (2.0**-20, 2.0**10):
-        for m in (1, 16, 64, 256):
+        for m in (1, 16, 32, 64, 256):
             weights.check((size * normal(m, m, 512)).half())
     for size in (2.0**-100, 2.0**100):
-        for m in (1, 16, 64, 256):
+        for m in (1, 16, 32, 64, 256):
             weights.check((size * normal(m, m, 512)).bfloat16())
 
 
@@ -186,7 +186,7 @@ def test_every_run_is_the_same(m: int) -> None:
         assert torch.equal(weights.matmul(x), want)
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 256])
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 256])
 def test_layers_one_after_the_other(m: int) -> None:
     """Launches that overlap, in a graph, with one workspace: each reads what the one before has written."""
     layers = [Weights(seed, 1024, 1024, 128, 3) for seed in range(4)]

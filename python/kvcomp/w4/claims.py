@@ -48,7 +48,7 @@ def answer(
 
 @dataclass(frozen=True)
 class _Time:
-    """Of one configuration in one case. ``half``: of the 95 % interval of its mean, 0 for a single value."""
+    """Of one configuration in one case. ``half``: of the 95 % interval of its mean, None for a single value."""
 
     config_id: str
     what: str
@@ -56,7 +56,7 @@ class _Time:
     case: str
     unit: str
     value: float
-    half: float
+    half: float | None
 
 
 def _tokens(table: Sequence[Row]) -> Iterator[_Time]:
@@ -65,7 +65,7 @@ def _tokens(table: Sequence[Row]) -> Iterator[_Time]:
         if row["tpot_p50_ms_mean"]:
             place = ", ".join(part for part in (row["model"], row["processor"], _cache(row)) if part)
             case = f"{row['prompt_len']} in, {row['output_len']} out"
-            half = float(row["tpot_p50_ms_ci95"] or 0)
+            half = float(row["tpot_p50_ms_ci95"]) if row["tpot_p50_ms_ci95"] else None
             yield _Time(row["config_id"], "time per token", place, case, "ms", float(row["tpot_p50_ms_mean"]), half)
 
 
@@ -94,14 +94,17 @@ def _speed(claim: str, times: Sequence[_Time], ours: Sequence[str], other: str, 
         theirs = beside.get((one.what, one.place, one.case))
         if one.config_id in ours and theirs is not None:
             ratio = one.value / theirs.value
-            half = ratio * math.hypot(one.half / one.value, theirs.half / theirs.value)
+            half = None
+            if one.half is not None and theirs.half is not None:
+                half = ratio * math.hypot(one.half / one.value, theirs.half / theirs.value)
             found.append(
                 {"config_id": one.config_id, "over": other, "what": one.what, "place": one.place, "case": one.case,
                  f"ours_{one.unit}": one.value, f"theirs_{one.unit}": theirs.value, "ratio": ratio, "ratio_ci95": half}
             )  # fmt: skip
     if not found:
         return {"claim": claim, "holds": None, "figures": [], "why": f"no times of {' and '.join(ours)} beside {other}"}
-    gaps = [(abs(one["ratio"] - 1) if exact else one["ratio"] - 1, one["ratio_ci95"]) for one in found]
+    gaps = [(abs(one["ratio"] - 1) if exact else one["ratio"] - 1,
+             math.inf if one["ratio_ci95"] is None else one["ratio_ci95"]) for one in found]  # fmt: skip
     beyond = sum(gap - half > SAME_SPEED for gap, half in gaps)
     unclear = sum(gap - half <= SAME_SPEED < gap + half for gap, half in gaps)
     holds = False if beyond else None if unclear else True
