@@ -276,7 +276,7 @@ template <typename T, int TILES, int GROUP>
 __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     w4_small(const __grid_constant__ w4_job a, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) char memory[];
-    /* The compiler knows that it is the same in all lanes. */
+    /* The same in all lanes, which the compiler is meant to see; it tests the operands of copies nonetheless. */
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, warps = a.warps;
     const w4_small_room room(a, w4_shared(memory), warp);
     const char *const weights = memory + (room.weights - w4_shared(memory));
