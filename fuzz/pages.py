@@ -47,10 +47,11 @@ def target(data: bytes) -> None:
 
 
 def _as_object(memory: Array) -> Any:
-    """An Arena with these bytes."""
+    """An Arena with these bytes, as many as fill whole units, whatever shape they were given."""
     arena, count = _C.Arena(1 << 20), memory.nbytes // states.UNIT
     units = arena.alloc(states.UNIT, count)
-    arena.write(states.UNIT, units, np.ascontiguousarray(memory[: count * states.UNIT]).reshape(count, states.UNIT))
+    whole = np.ascontiguousarray(memory).reshape(-1)[: count * states.UNIT]
+    arena.write(states.UNIT, units, whole.reshape(count, states.UNIT))
     return arena
 
 
