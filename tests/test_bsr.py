@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import random
 import shutil
 import subprocess
@@ -355,25 +354,3 @@ def test_merge_refuses() -> None:
         _C.bsr_merge(indptr, indices, place, s.indptr, s.indices, 64, 64, 32, 8)
     with pytest.raises(ValueError, match="bsr_merge: indices_out: expected shape"):
         _C.bsr_merge(indptr, indices[:3], place, s.indptr, s.indices, 64, 64, 32, 2)
-
-
-KERNELS = """
-#include "bsr_wgmma.cuh"
-void *kernels[] = {(void *)bsr_wgmma_kernel<128, 4, true, false>, (void *)bsr_wgmma_kernel<64, 2, true, true>,
-                   (void *)bsr_wgmma_kernel<32, 1, false, true>};
-"""
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_wgmma_is_not_serialized(tmp_path: Path) -> None:
-    """ptxas only remarks on it, and the kernel is several times slower then; registers must not spill either."""
-    source, root = tmp_path / "kernels.cu", Path(__file__).parent.parent
-    source.write_text(KERNELS)
-    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", '-DKVC_CUDA_ARCHS="90a"', "-std=c++17", "-O3"]
-    command += ["-Xptxas", "-v"]
-    command += [f"-I{root / 'csrc'}", f"-I{root / 'cuda'}", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's, for Python
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-    text = said.stdout + said.stderr
-    assert "serialized" not in text and "setmaxnreg" not in text
-    assert text.count("0 bytes spill stores, 0 bytes spill loads") == 3
