@@ -72,13 +72,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="make the corpus anew, of what it has and what was found")
     parser.add_argument("--report", type=Path, help="write cases, seconds, findings and versions here, as JSON")
     options = parser.parse_args()
+    for target in options.target:
+        if not _module(target).is_file():
+            parser.error(f"--target: expected {', '.join(corpus.TARGETS)}, or the path of a module, got {target}")
     if options.seconds is None and options.cases is None:
         options.seconds = 60.0
     return options
 
 
+def _module(target: str) -> Path:
+    return Path(target).resolve() if target.endswith(".py") else corpus.FUZZ / f"{target}.py"
+
+
 def _fuzz(target: str, folder: Path, options: argparse.Namespace) -> Done:
-    module = Path(target).resolve() if target.endswith(".py") else corpus.FUZZ / f"{target}.py"
+    module = _module(target)
     name, folder = module.stem, folder / module.stem
     for part in ("old", "new", "seeds", "found", "merged"):
         (folder / part).mkdir(parents=True)

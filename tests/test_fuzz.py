@@ -48,6 +48,13 @@ def test_findings(target: str, path: Path) -> None:
     replayed(importlib.import_module(target), path.read_bytes())
 
 
+def test_a_target_that_is_none(tmp_path: Path) -> None:
+    command = [sys.executable, str(FUZZ / "run.py"), "--target", "nosuch", "--report", str(tmp_path / "report.json")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 2 and "--target: expected pages, saves, configs, arguments, or" in said.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_corpus_is_small() -> None:
     assert sum(path.stat().st_size for path in FUZZ.rglob("*") if path.suffix != ".py" and path.is_file()) < 400_000
 

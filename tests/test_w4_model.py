@@ -604,4 +604,7 @@ def test_pareto(measured: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert out.read_bytes().startswith(b"\x89PNG")
     assert w4_pareto.main(["--agg_csv", str(path)]) == 2
     assert "expected a table of aggregate_results.py" in capsys.readouterr().err
+    for main in (w4_pareto.main, w4_claims.main):
+        assert main(["--agg_csv", str(tmp_path / "nowhere.csv")]) == 2
+        assert "nowhere.csv: expected a file that can be used, got: No such file" in capsys.readouterr().err
     assert w4_pareto.main(["--out_png", str(tmp_path / "p.xyz")]) == 2

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import one_line
+
 BAD_INPUT = 2
 INTERRUPTED = 130
 _QUICK = {
@@ -51,14 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError, MemoryError) as reason:
         if options.traceback:
             raise
-        return _stop(_sentence(reason), BAD_INPUT)
-
-
-def _sentence(reason: Exception) -> str:
-    """What went wrong, in one line; the system's own errors know only their file."""
-    if isinstance(reason, OSError) and reason.filename is not None:
-        return f"{reason.filename}: expected a file that can be used, got: {reason.strerror}"
-    return " ".join(str(reason).split()) or type(reason).__name__
+        return _stop(one_line(reason), BAD_INPUT)
 
 
 def _stop(sentence: str, code: int) -> int:

@@ -1,4 +1,12 @@
-"""Warnings. Errors are ValueError, TypeError, NotImplementedError, ``BudgetError`` and ``CudaError``."""
+"""Warnings, and what commands say of errors: ValueError, TypeError, NotImplementedError, ``BudgetError``,
+``CudaError``, and the system's own."""
+
+
+def one_line(reason: Exception) -> str:
+    """What went wrong, in one line; the system's own errors know only their file."""
+    if isinstance(reason, OSError) and reason.filename is not None:
+        return f"{reason.filename}: expected a file that can be used, got: {reason.strerror}"
+    return " ".join(str(reason).split()) or type(reason).__name__
 
 
 class BudgetWarning(UserWarning):

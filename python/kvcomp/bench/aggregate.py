@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import results
+from ..errors import one_line
 from . import offline_table
 
 BAD_INPUT = 2
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = offline_table.aggregate(rows)
         offline_table.write(options.out_csv, made)
     except (ValueError, OSError) as reason:
-        print(f"aggregate_results: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"aggregate_results: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     print(f"{len(made)} rows of {len(rows)} runs: {options.out_csv}")
     return 0

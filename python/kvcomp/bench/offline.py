@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import results
+from ..errors import one_line
 from ..experiment import places
 from ..w4 import arms, matrix
 from . import offline_repeat, offline_table
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError) as reason:
-        print(f"offline: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"offline: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
 
 

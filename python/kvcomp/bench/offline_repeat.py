@@ -28,6 +28,7 @@ import transformers
 
 from .. import Policy, results
 from ..env import installed
+from ..errors import one_line
 from ..hf import Cache, compress
 from ..w4 import arms
 from ..w4.matrix import Arm
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as reason:
-        print(f"offline: {' '.join(str(reason).split())}", file=sys.stderr, flush=True)
+        print(f"offline: {one_line(reason)}", file=sys.stderr, flush=True)
         return BAD_INPUT
     return 0
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import one_line
+
 SAMPLE_SECONDS = 0.1
 # Energy counters and power readings are renewed about ten times a second.
 LEAST_SECONDS = 1.0
@@ -54,7 +56,7 @@ class Gpu:
         except ImportError:
             self.why = "pynvml is not installed (pip install nvidia-ml-py)"
         except Exception as error:  # NVMLError, of the module that may be missing
-            self.why = f"NVML: {_sentence(error)}"
+            self.why = f"NVML: {one_line(error)}"
 
     def state(self) -> dict[str, Any]:
         """{sm_clock_mhz, mem_clock_mhz, temperature_c, power_w, throttle_reasons (bits), throttle_names}, a figure that
@@ -225,7 +227,3 @@ def _bus_id(ordinal: int) -> bytes:
 
     properties: Any = torch.cuda.get_device_properties(ordinal)
     return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0".encode()
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

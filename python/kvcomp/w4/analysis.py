@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import results
+from ..errors import one_line
 from ..experiment import places
 from . import arms, matrix, weights
 from .matrix import Arm
@@ -137,7 +138,7 @@ def _guard(name: str, out: Path | None, run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError) as reason:
-        print(f"{name}: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     return 0
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from .. import results
 from ..bench.offline_table import half_interval, read_aggregated
+from ..errors import one_line
 
 BAD_INPUT = 2
 SAME_SPEED = 0.02  # what two times may differ by and still be called the same
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output is not None:
             results.write(options.output, found)
     except (ValueError, OSError) as reason:
-        print(f"w4_claims: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"w4_claims: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     for number, one in enumerate(found["claims"], 1):
         said = {True: "holds", False: "does not hold", None: "not decided"}[one["holds"]]

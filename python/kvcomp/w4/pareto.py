@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import _C, results
 from ..bench.offline_table import read_aggregated
+from ..errors import one_line
 from .weights import check_format
 
 BAD_INPUT = 2
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         title = f"scales of {options.out_features} x {options.in_features}, groups of {options.group_size}"
         save(options.out_png, storage, title, list(points.values()), times)
     except (ValueError, OSError, ImportError) as reason:
-        print(f"w4_pareto_plot: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"w4_pareto_plot: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     print(options.out_png)
     return 0

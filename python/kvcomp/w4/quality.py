@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from .. import results
+from ..errors import one_line
 from ..eval import perplexity, quality, tasks
 from ..eval.quality import Method
 from ..experiment import places, runner, tables_w4, workload
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError, ImportError) as reason:
-        print(f"w4_quality: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"w4_quality: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     for title, rows in (("text, and all tasks", tables_w4.quality_rows), ("tasks", tables_w4.task_rows)):
         print_rows(*rows(found), Console(width=None if sys.stdout.isatty() else 200), title)
