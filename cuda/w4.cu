@@ -97,7 +97,12 @@ extern "C" kvc_status kvc_w4_matmul_cuda(const kvc_w4_matmul_args *args, kvc_str
     a.bias_dtype = args->bias.dtype;
     a.early = args->early;
     a.aligned = (uintptr_t)a.x % 16 == 0 && (m == 1 || a.x_stride % 16 == 0);
-    a.factor = ldexpf(1.0f, shape->exponent);
+    int64_t end = 0;
+    for (int i = 0; i < KVC_W4_MOST_PARTS; i++) {
+        if (i > 0) a.begins[i - 1] = i < args->part_count ? (int32_t)end : INT32_MAX;
+        a.factors[i] = ldexpf(1.0f, kvc_w4_exponent_of(args, end));
+        if (i < args->part_count) end += args->parts[i].n;
+    }
     if (blocks == 0) {
         only_bias<<<256, 256, 0, (cudaStream_t)stream>>>(a);
         error = cudaGetLastError();

@@ -11,8 +11,12 @@ struct w4_end {
     bool wide; /* whether four elements may be written at once */
 };
 
+/* `factor`: of sums, beside the one of their matrix. */
 __device__ __forceinline__ w4_end w4_end_of(const w4_job &a, float factor, int n0, int lane) {
-    w4_end end = {factor, {0.0f, 0.0f}, n0, false};
+    int part = 0;
+#pragma unroll
+    for (int i = 0; i < KVC_W4_MOST_PARTS - 1; i++) part += n0 >= a.begins[i];
+    w4_end end = {a.factors[part] * factor, {0.0f, 0.0f}, n0, false};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int n = n0 + (lane >> 2) + 8 * i;

@@ -38,7 +38,8 @@ struct w4_job {
     int32_t slot_bytes, x_bytes; /* of W and x in a slot */
     int32_t run, longer;         /* w4_small: pieces of work of a block of threads, and how many have one more */
     w4_divisor by_blocks, by_run, by_longer; /* / blocks, / run, / (run + 1) */
-    float factor;                            /* 2^exponent */
+    float factors[KVC_W4_MOST_PARTS];        /* 2^exponent of each matrix of a stack */
+    int32_t begins[KVC_W4_MOST_PARTS - 1];   /* rows where the second begins, the third, ...; INT32_MAX: none */
 };
 
 /* Rows of x that w4_small takes at once: 8, 16, 32. */

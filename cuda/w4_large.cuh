@@ -265,7 +265,7 @@ __device__ __forceinline__ void w4_large_add(const w4_job &a, int split, float (
             for (int i = 0; i < AT_ONCE; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
         }
         const int n0 = ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp;
-        w4_store_sums(a, w4_end_of(a, a.factor * w4_scaled<T>::FACTOR, n0, lane), sum.x, sum.y, sum.z, sum.w, m0, lane);
+        w4_store_sums(a, w4_end_of(a, w4_scaled<T>::FACTOR, n0, lane), sum.x, sum.y, sum.z, sum.w, m0, lane);
     }
     w4_cluster_met(); /* the others have read */
 }
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         work.place(n_tile, m_tile);
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) {
-            const w4_end end = w4_end_of(a, a.factor * w4_scaled<T>::FACTOR,
+            const w4_end end = w4_end_of(a, w4_scaled<T>::FACTOR,
                                          ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp, lane);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 8; j++)

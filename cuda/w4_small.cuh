@@ -268,7 +268,7 @@ __device__ __forceinline__ void w4_small_end(const w4_job &a, w4_total<TILES> &t
     for (int i = 0; i < W::MOST; i++) {
         const int n0 = strip * KVC_W4_ROWS + 16 * W::rows_of(i, warp);
         const float (&v)[4] = total.v[i];
-        w4_store_sums(a, w4_end_of(a, a.factor, n0, lane), v[0], v[1], v[2], v[3], column, lane);
+        w4_store_sums(a, w4_end_of(a, 1.0f, n0, lane), v[0], v[1], v[2], v[3], column, lane);
     }
 }
 

@@ -130,8 +130,8 @@ def test_another_version(beside: Callable[..., Any], tmp_path: Path, api: int, l
     found = beside()
     assert not found["available"] and found["architectures"] is None
     version = _C.FORMAT_VERSION
-    assert f"expected interface 3 and page format {version} in " in found["why"]
-    assert found["why"].endswith(f"got {3 + api} and {version + layout}: build kvcomp again")
+    assert f"expected interface 4 and page format {version} in " in found["why"]
+    assert found["why"].endswith(f"got {4 + api} and {version + layout}: build kvcomp again")
 
 
 @needs_compiler

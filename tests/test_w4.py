@@ -291,6 +291,38 @@ def test_instruction_sets_agree(tmp_path: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("bits", SCALE_BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_stacked_matrices_are_multiplied_as_alone(group: int, bits: int) -> None:
+    """Bit for bit, each with its own exponent; the last one ends within a strip."""
+    rows, k = (64, 192, 70), 300
+    weights = [2.0 ** (9 * i) * normal(i, n, k) for i, n in enumerate(rows)]
+    packed, exponents = zip(*(pack(w, group, bits) for w in weights), strict=True)
+    assert len(set(exponents)) == 3
+    whole = aligned(sum(map(len, packed)))
+    whole[:] = np.concatenate(packed)
+    bias = 100 * normal(9, sum(rows))
+    for m in (1, 3, 5, 70):
+        x, out = normal(m, m, k, dtype=np.float16), np.full((m, sum(rows)), np.nan, np.float32)
+        stack = tuple(zip(rows, exponents, strict=True))
+        _C.w4_matmul(out, x, whole, bias, None, group, bits, stack, 0, 0)
+        end = 0
+        for n, part, exponent in zip(rows, packed, exponents, strict=True):
+            begin, end = end, end + n
+            alone = np.full((m, n), np.nan, np.float32)
+            _C.w4_matmul(alone, x, part, bias[begin:end], None, group, bits, exponent, 0, 0)
+            assert np.array_equal(out[:, begin:end], alone)
+
+
+def test_as_many_stacked_matrices_as_there_may_be() -> None:
+    w, x = normal(1, 8 * 64, 40), normal(2, 2, 40)
+    packed, exponent = pack(w, 32, 3)
+    one, eight = np.empty((2, 8 * 64), np.float32), np.empty((2, 8 * 64), np.float32)
+    _C.w4_matmul(one, x, packed, None, None, 32, 3, exponent, 0, 0)
+    _C.w4_matmul(eight, x, packed, None, None, 32, 3, tuple((64, exponent + i) for i in range(8)), 0, 0)
+    assert np.array_equal(eight.reshape(2, 8, 64), np.ldexp(one.reshape(2, 8, 64), np.arange(8)[:, None]))
+
+
 def test_rows_of_x_and_out_apart() -> None:
     w, x = normal(1, 70, 200), normal(2, 9, 500)
     packed, exponent = pack(w, 32, 3)
@@ -347,6 +379,16 @@ def good() -> dict[str, Any]:
         ({"scale_bits": 11}, ValueError, "scale_bits: expected an integer in -1..10, got 11"),
         ({"exponent": 121}, ValueError, "exponent: expected an integer in -120..120, got 121"),
         ({"exponent": None}, TypeError, "exponent: expected an integer, got NoneType"),
+        ({"exponent": ()}, ValueError, r"exponent: expected an integer or 1 to 8 pairs \(rows, exponent\), got \(\)"),
+        ({"exponent": (64, 0)}, ValueError, r"exponent: expected an integer or 1 to 8 pairs .*, got \(64, 0\)"),
+        ({"exponent": ((1, 0),) * 9}, ValueError, "exponent: expected an integer or 1 to 8 pairs"),
+        ({"exponent": ((10, 0.5),)}, TypeError, "exponent: expected an integer, got float"),
+        ({"exponent": ((10, 121),)}, ValueError, r"exponent: expected an integer in -120\.\.120, got 121"),
+        ({"exponent": ((-1, 0),)}, ValueError, r"rows: expected an integer in 0\.\."),
+        ({"exponent": ((9, 0),)}, ValueError, "rows: expected parts of 10 in all, got 9"),
+        ({"exponent": ((11, 0),)}, ValueError, "rows: expected parts of 10 in all, got 11"),
+        ({"exponent": ((64, 0), (0, 0))}, ValueError, "rows: expected one or more in every part, got 0 in part 1"),
+        ({"exponent": ((5, 0), (5, 0))}, ValueError, "rows: expected a multiple of 64 before the last part, got 5"),
         ({"x": normal(1, 3, 400)}, ValueError, r"packed: expected shape \(\d+,\), got \(\d+,\)"),
         ({"x": normal(1, 40)}, ValueError, r"x: expected shape \(\*, 0\), got \(40,\)"),
         ({"x": np.zeros((3, 40), np.int32)}, TypeError, "x: expected float32, float16 or bfloat16, got int32"),

@@ -26,13 +26,24 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 class Weights:
-    def __init__(self, seed: int, n: int, k: int, group: int, bits: int) -> None:
+    exponent: Any  # or those of parts: ((rows, exponent), ...)
+
+    def __init__(self, seed: int, n: int, k: int, group: int, bits: int, size: float = 0.02) -> None:
         self.n, self.k, self.format = n, k, (group, bits)
         packed = torch.empty(_C.w4_bytes(n, k, group, bits), dtype=torch.uint8)
-        self.exponent = _C.w4_pack(packed, 0.02 * normal(seed, n, k), group, bits, None, 1, 0)
+        self.exponent = exponent = _C.w4_pack(packed, size * normal(seed, n, k), group, bits, None, 1, 0)
         dense = torch.empty(n, k)
-        _C.w4_unpack(dense, None, None, packed, n, k, group, bits, self.exponent, 0)
+        _C.w4_unpack(dense, None, None, packed, n, k, group, bits, exponent, 0)
         self.dense, self.packed = dense.double().cuda(), packed.cuda()
+
+    @staticmethod
+    def stacked(parts: list[Weights]) -> Weights:
+        """Several, as one."""
+        whole = object.__new__(Weights)
+        whole.n, whole.k, whole.format = sum(part.n for part in parts), parts[0].k, parts[0].format
+        whole.exponent = tuple((part.n, part.exponent) for part in parts)
+        whole.dense, whole.packed = (torch.cat([getattr(part, name) for part in parts]) for name in ("dense", "packed"))
+        return whole
 
     def workspace(self, m: int) -> torch.Tensor:
         """As many bytes as stated, between guards; all of it 0xFF before and after."""
@@ -219,6 +230,29 @@ def test_as_the_cpu() -> None:
     out = torch.empty(20, 300)
     _C.w4_matmul(out, x, weights.packed.cpu(), bias, None, *weights.format, weights.exponent, 0, 0)
     torch.testing.assert_close(weights.matmul(x.cuda(), bias.cuda()).cpu(), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "bits"), [(128, 5), (128, 3), (64, -1), (32, 3), (32, 10)])
+@pytest.mark.parametrize(
+    ("rows", "k"),
+    [
+        ((64, 192, 70), 300),
+        ((1024, 256, 256), 1024),
+        ((1344, 1344), 1024),
+        ((64,) * 8, 512),
+        ((4096, 1024, 1024), 4096),
+    ],
+)
+def test_stacked_matrices(rows: tuple[int, ...], k: int, group: int, bits: int, dtype: torch.dtype) -> None:
+    """One product of all: each part as near to fp64 as alone, though sums may be of another order."""
+    parts = [Weights(i, n, k, group, bits, 0.02 * 2.0 ** (-9 * (i % 3))) for i, n in enumerate(rows)]
+    assert len({part.exponent for part in parts}) > 1
+    whole = Weights.stacked(parts)
+    bias = normal(5, sum(rows)).cuda()
+    for m in (1, 8, 16, 17, 33, 64, 300):
+        whole.check(normal(m, m, k, dtype=dtype), bias)
+        whole.check(normal(m, m, k, dtype=dtype), dtype=dtype)
 
 
 def test_nothing() -> None:

@@ -44,7 +44,7 @@ static void load_scales(const matmul_job *job, float *out, const uint8_t *block)
 /* sum * 2^exponent + bias, rounded to out's type. */
 static void store(const kvc_w4_matmul_args *args, int64_t m, int64_t first, int rows, const float *sums) {
     float values[KVC_W4_ROWS], bias[KVC_W4_ROWS] = {0};
-    const float factor = ldexpf(1.0f, args->shape.exponent);
+    const float factor = ldexpf(1.0f, kvc_w4_exponent_of(args, first));
     if (kvc_given(&args->bias))
         kvc_load_row(bias, (const char *)args->bias.data + kvc_dtype_size(args->bias.dtype) * first, args->bias.dtype,
                      rows);

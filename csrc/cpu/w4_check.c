@@ -63,6 +63,28 @@ kvc_status kvc_w4_unpack_check(const kvc_w4_unpack_args *args) {
     return check_packed("w4_unpack", &args->packed, shape);
 }
 
+static kvc_status check_parts(const kvc_w4_matmul_args *args) {
+    const int count = args->part_count;
+    int64_t rows = 0;
+    KVC_CHECK(count >= 0 && count <= KVC_W4_MOST_PARTS, KVC_EINVAL, "w4_matmul: rows: expected 1 to %d parts, got %d",
+              KVC_W4_MOST_PARTS, count);
+    for (int i = 0; i < count; i++) {
+        const kvc_w4_part *part = args->parts + i;
+        KVC_CHECK(part->n > 0, KVC_ESHAPE, "w4_matmul: rows: expected one or more in every part, got %lld in part %d",
+                  (long long)part->n, i);
+        KVC_CHECK(part->n % KVC_W4_ROWS == 0 || i == count - 1, KVC_ESHAPE,
+                  "w4_matmul: rows: expected a multiple of %d before the last part, got %lld", KVC_W4_ROWS,
+                  (long long)part->n);
+        KVC_CHECK(part->exponent >= -KVC_W4_MOST_EXPONENT && part->exponent <= KVC_W4_MOST_EXPONENT, KVC_EINVAL,
+                  "w4_matmul: exponent: expected -%d..%d, got %d", KVC_W4_MOST_EXPONENT, KVC_W4_MOST_EXPONENT,
+                  part->exponent);
+        if (__builtin_add_overflow(rows, part->n, &rows)) rows = INT64_MAX;
+    }
+    KVC_CHECK(count == 0 || rows == args->shape.n, KVC_ESHAPE,
+              "w4_matmul: rows: expected parts of %lld in all, got %lld", (long long)args->shape.n, (long long)rows);
+    return KVC_OK;
+}
+
 kvc_status kvc_w4_matmul_check(const kvc_w4_matmul_args *args) {
     const kvc_w4_shape *shape = &args->shape;
     const int64_t m = args->x.ndim == 2 ? args->x.shape[0] : -1, n = shape->n;
@@ -79,6 +101,7 @@ kvc_status kvc_w4_matmul_check(const kvc_w4_matmul_args *args) {
         KVC_TRY(kvc_expect_shape("w4_matmul", "bias", &args->bias, 1, (int64_t[]){n}));
         KVC_TRY(kvc_expect_contiguous("w4_matmul", "bias", &args->bias));
     }
+    KVC_TRY(check_parts(args));
     KVC_CHECK(args->early == 0 || (args->early == 1 && args->x.device != KVC_CPU), KVC_EINVAL,
               "w4_matmul: early: expected 0, or 1 on CUDA, got %d", args->early);
     return check_packed("w4_matmul", &args->packed, shape);

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define KVC_BACKEND_API 3
+#define KVC_BACKEND_API 4
 
 #define KVC_MEMORY_MOST (((int64_t)UINT32_MAX * KVC_UNIT) >> 21 << 21) /* bytes that units of pages can address */
 

@@ -27,7 +27,8 @@
 #define KVC_W4_MOST_SCALE_BITS 10
 #define KVC_W4_MOST_ROUNDED_BITS 14 /* of kvc_w4_scales */
 #define KVC_W4_MOST_EXPONENT 120    /* and its negative */
-#define KVC_W4_AUTO INT32_MIN       /* exponent: chosen so that the largest scale lies two binades below saturation */
+#define KVC_W4_MOST_PARTS 8
+#define KVC_W4_AUTO INT32_MIN /* exponent: chosen so that the largest scale lies two binades below saturation */
 
 typedef enum { KVC_W4_FLOOR = 0, KVC_W4_NEAREST = 1, KVC_W4_SEARCH = 2 } kvc_w4_rounding;
 
@@ -68,11 +69,19 @@ typedef struct {
     int32_t threads;
 } kvc_w4_unpack_args;
 
-/* out = x * W^T + bias; sums in fp32. Bound against fp64, with S = sum |x| |q s| of an element: 2^-20 * S, and half a
- * unit of the output's type. CUDA, more than 32 rows of x: 2^-16 * S, and q * s is rounded to x's type first, 2^-12 * S
- * (fp16) or 2^-9 * S (bf16; scales of more than 7 mantissa bits twice that) more; nothing where x's type has the bits:
- * fp16 up to E5M7, bf16 up to E5M4. CPU: where the processor multiplies pairs of bf16 (AVX512-BF16), an x of bf16 below
- * 2^-126 counts as 0 in products of five and more rows. Deterministic for one device. Errors: ESHAPE, EDTYPE, EINVAL.
+/* One of several matrices that are multiplied as one, stacked along their rows. */
+typedef struct {
+    int64_t n;        /* rows; whole strips, but of the last one */
+    int32_t exponent; /* -120..120 */
+} kvc_w4_part;
+
+/* out = x * W^T + bias; sums in fp32. W may be several matrices of one k, group and scale_bits, whose packed bytes
+ * follow each other; their products follow each other in the rows of out, and their biases in bias. Bound against fp64,
+ * with S = sum |x| |q s| of an element: 2^-20 * S, and half a unit of the output's type. CUDA, more than 32 rows of x:
+ * 2^-16 * S, and q * s is rounded to x's type first, 2^-12 * S (fp16) or 2^-9 * S (bf16; scales of more than 7 mantissa
+ * bits twice that) more; nothing where x's type has the bits: fp16 up to E5M7, bf16 up to E5M4. CPU: where the
+ * processor multiplies pairs of bf16 (AVX512-BF16), an x of bf16 below 2^-126 counts as 0 in products of five and more
+ * rows. Deterministic for one device. Errors: ESHAPE, EDTYPE, EINVAL.
  */
 typedef struct {
     kvc_tensor out;       /* out (m,n) float32 | float16 | bfloat16, last axis contiguous */
@@ -82,8 +91,10 @@ typedef struct {
     kvc_tensor workspace; /* (bytes,) uint8; CUDA only: kvc_w4_workspace_cuda bytes that are 0xFF before the first call,
                            * which every call leaves so; one for each stream and each recorded graph */
     kvc_w4_shape shape;
-    int32_t threads; /* CPU; 0: as many as kvc_threads() */
-    int32_t early;   /* CUDA only. 1: nothing that the stream may still be doing writes packed: reading overlaps it */
+    kvc_w4_part parts[KVC_W4_MOST_PARTS]; /* shape.n rows in all */
+    int32_t part_count;                   /* 0: W is one matrix; else shape.exponent is not looked at */
+    int32_t threads;                      /* CPU; 0: as many as kvc_threads() */
+    int32_t early; /* CUDA only. 1: nothing that the stream may still be doing writes packed: reading overlaps it */
 } kvc_w4_matmul_args;
 
 typedef kvc_status kvc_w4_matmul_fn(const kvc_w4_matmul_args *args, kvc_stream stream);
@@ -129,6 +140,14 @@ KVC_HD int kvc_w4_word(int row, int input) {
     return ((input / 64 * 4 + row / 16) * 32 + lane) * 4 + input / 16 % 4;
 }
 KVC_HD int kvc_w4_shift(int row, int input) { return 16 * (input & 1) + 4 * ((row >> 3 & 1) + 2 * (input >> 3 & 1)); }
+
+/* The exponent of the matrix that has a row of W. */
+static inline int kvc_w4_exponent_of(const kvc_w4_matmul_args *args, int64_t row) {
+    if (args->part_count == 0) return args->shape.exponent;
+    int i = 0;
+    for (; i < args->part_count - 1 && row >= args->parts[i].n; i++) row -= args->parts[i].n;
+    return args->parts[i].exponent;
+}
 
 #ifdef __cplusplus
 extern "C" {

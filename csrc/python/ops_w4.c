@@ -12,6 +12,34 @@ static int shape_exponent(kvc_frame *frame, PyObject *object, kvc_w4_shape *shap
     return frame_int32(frame, object, "exponent", -KVC_W4_MOST_EXPONENT, KVC_W4_MOST_EXPONENT, &shape->exponent);
 }
 
+/* One exponent, or a (rows, exponent) for each of several stacked matrices. */
+static int matmul_exponents(kvc_frame *frame, PyObject *object, kvc_w4_matmul_args *args) {
+    if (!PyTuple_Check(object)) return shape_exponent(frame, object, &args->shape);
+    const Py_ssize_t count = PyTuple_Size(object);
+    bool pairs = count >= 1 && count <= KVC_W4_MOST_PARTS;
+    for (Py_ssize_t i = 0; pairs && i < count; i++) {
+        PyObject *const pair = PyTuple_GetItem(object, i);
+        pairs = PyTuple_Check(pair) && PyTuple_Size(pair) == 2;
+    }
+    if (!pairs) {
+        PyErr_Format(PyExc_ValueError,
+                     "w4_matmul: exponent: expected an integer or 1 to %d pairs (rows, exponent), got %R",
+                     KVC_W4_MOST_PARTS, object);
+        frame->failed = true;
+        return -1;
+    }
+    args->part_count = (int32_t)count;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *const pair = PyTuple_GetItem(object, i);
+        kvc_w4_shape shape = {0};
+        if (frame_int(frame, PyTuple_GetItem(pair, 0), "rows", 0, INT64_MAX - 1024, &args->parts[i].n) ||
+            shape_exponent(frame, PyTuple_GetItem(pair, 1), &shape))
+            return -1;
+        args->parts[i].exponent = shape.exponent;
+    }
+    return 0;
+}
+
 /* A matrix's last two axes; what is no matrix is refused by the operation. */
 static void shape_of(kvc_w4_shape *shape, const kvc_tensor *weights) {
     shape->n = weights->ndim == 2 ? weights->shape[0] : 0;
@@ -90,7 +118,7 @@ FUNCTION(w4_matmul) {
         frame_tensor(&frame, argv[2], "packed", FRAME_CUDA, &args.packed) ||
         frame_tensor(&frame, argv[3], "bias", FRAME_OPTIONAL | FRAME_CUDA, &args.bias) ||
         frame_tensor(&frame, argv[4], "workspace", FRAME_OUT | FRAME_OPTIONAL | FRAME_CUDA, &args.workspace) ||
-        shape_group(&frame, argv + 5, &args.shape) || shape_exponent(&frame, argv[7], &args.shape) ||
+        shape_group(&frame, argv + 5, &args.shape) || matmul_exponents(&frame, argv[7], &args) ||
         frame_int32(&frame, argv[8], "threads", 0, 64, &args.threads) ||
         frame_int32(&frame, argv[9], "early", 0, 1, &args.early) || frame_check(&frame))
         return frame_return(&frame);
@@ -127,6 +155,7 @@ PyMethodDef ops_w4_methods[] = {
                       "Contract: csrc/kvcomp/w4.h."),
     METHOD(w4_matmul,
            "w4_matmul(out, x, packed, bias, workspace, group, scale_bits, exponent, threads, early, /)\n--\n\n"
-           "out (m,n) = x (m,k) times the transposed weights, plus bias. Contract: csrc/kvcomp/w4.h."),
+           "out (m,n) = x (m,k) times the transposed weights, plus bias. exponent: that of the weights, or a tuple of\n"
+           "(rows, exponent) of matrices whose packed bytes follow each other. Contract: csrc/kvcomp/w4.h."),
     METHOD(w4_workspace, "w4_workspace(m, n, k, /)\n--\n\nBytes of w4_matmul's workspace on CUDA."),
     {0}};

@@ -285,7 +285,7 @@ def w4_matmul(
     workspace: _Tensor | None,
     group: int,
     scale_bits: int,
-    exponent: int,
+    exponent: int | tuple[tuple[int, int], ...],
     threads: int,
     early: int,
     /,
