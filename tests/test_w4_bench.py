@@ -234,4 +234,5 @@ def test_decoding_with_weights_of_four_bits(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     assert all(0 < cell["error"]["value"] <= cell["error"]["bound"] for cell in found["cells"][::2])
     assert 4 < found["packed_weights"]["bits_per_weight"] < 5
+    assert found["packed_weights"]["stacks"] == 2 * 2  # queries, keys and values; gate and up
     assert "4 bit, weights of 4 bit" in capsys.readouterr().err

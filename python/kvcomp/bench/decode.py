@@ -182,7 +182,9 @@ def bench(
         tell(name)
         if case["w_bits"] == 4 and not w4.report(model).layers:
             quantized = w4.quantize_model(model, "all")
-            found["packed_weights"] = {"bytes": quantized.nbytes, "bits_per_weight": quantized.bits_per_weight}
+            found["packed_weights"] = {
+                "bytes": quantized.nbytes, "bits_per_weight": quantized.bits_per_weight, "stacks": quantized.stacks
+            }  # fmt: skip
             _tidy(device)
         try:
             cell = measure(model, impl, case)

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-# Names, in the order in which a decoder layer's modules call them.
-SETS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from ..siblings import SETS
 
 
 class _Part(torch.nn.Linear):

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import weights
 from .linear import SharedScaleLinear
 from .model import TARGETS, find_linears, replace_module
+from .stack import stack_layers
 
 METHOD = "kvcomp_w4"
 FORMAT = 1  # of the packed bytes; csrc/kvcomp/w4.h
@@ -32,6 +33,8 @@ class W4Config(QuantizationConfigMixin):  # type: ignore[misc]
     scale_mbits: mantissa bits of scales, 0 ... 10 (E5Mx); -1: fp16.
     rounding: of scales: "floor", "nearest", "search" (each the one of least squared error).
     skip: names of layers, or parts of their paths, that stay as they are.
+    stacked: layers that a module calls with the same x (queries, keys and values; gate and up) are one product where x
+        has few rows. What is saved does not depend on it.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class W4Config(QuantizationConfigMixin):  # type: ignore[misc]
         scale_mbits: int = 5,
         rounding: str = "nearest",
         skip: list[str] | None = None,
+        stacked: bool = True,
         *,
         format_version: int = FORMAT,
         quant_method: str = METHOD,
@@ -49,6 +53,8 @@ class W4Config(QuantizationConfigMixin):  # type: ignore[misc]
         if target not in TARGETS:
             raise ValueError(f"W4Config: target: expected one of {', '.join(TARGETS)}, got {target!r}")
         weights.check_format("W4Config", group_size, scale_mbits, rounding)
+        if not isinstance(stacked, bool):
+            raise ValueError(f"W4Config: stacked: expected True or False, got {stacked!r}")
         if format_version != FORMAT:
             raise ValueError(f"W4Config: format_version: expected {FORMAT}, got {format_version}")
         if quant_method != METHOD:
@@ -56,6 +62,7 @@ class W4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.target, self.group_size, self.scale_mbits = target, group_size, scale_mbits
         self.rounding, self.skip = rounding, list(skip or [])
+        self.stacked = stacked
         self.format_version = format_version
 
 
@@ -89,6 +96,8 @@ class W4Quantizer(HfQuantizer):  # type: ignore[misc]
             # Tensors of a mapped file lie where the file has them; kernels read 16 bytes at once.
             if module.weight.data_ptr() % 16:
                 module.weight = module.weight.clone()
+        if self.quantization_config.stacked:
+            stack_layers(model)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **arguments: Any) -> bool:

@@ -1,11 +1,12 @@
 """``kvcomp::w4_linear``: a linear layer of packed 4-bit weights, as torch.library knows it, so that torch.compile fuses
-the rest of a model around it."""
+the rest of a model around it; ``kvcomp::w4_stack``: several of the same x."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,75 @@ def _(
     return x.new_empty((*x.shape[:-1], n))
 
 
+@torch.library.custom_op("kvcomp::w4_stack", mutates_args=())
+def w4_stack(
+    x: torch.Tensor,
+    packed: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    rows: list[int],
+    k: int,
+    group: int,
+    scale_bits: int,
+    exponents: list[int],
+) -> torch.Tensor:
+    """x (..., k) -> the outputs of layers (w4_linear) of these rows side by side, (..., sum(rows)), with biases of all
+    or none: one product where they lie behind each other in one buffer, else one each."""
+    out = stack(x, packed, biases, rows, k, group, scale_bits, exponents)
+    if out is not None:
+        return out
+    outs = [
+        linear(x, packed[i], biases[i] if biases else None, rows[i], k, group, scale_bits, exponents[i])
+        for i in range(len(rows))
+    ]
+    return torch.cat(outs, -1)
+
+
+@w4_stack.register_fake
+def _(
+    x: torch.Tensor,
+    packed: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    rows: list[int],
+    k: int,
+    group: int,
+    scale_bits: int,
+    exponents: list[int],
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], sum(rows)))
+
+
+def stack(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    rows: Sequence[int],
+    k: int,
+    group: int,
+    scale_bits: int,
+    exponents: Sequence[int],
+) -> torch.Tensor | None:
+    """w4_stack as one product, without torch's dispatcher; None: packed bytes or biases lie apart."""
+    whole, bias = joined(packed), joined(biases) if biases else None
+    if whole is None or (biases and bias is None):
+        return None
+    return linear(x, whole, bias, sum(rows), k, group, scale_bits, tuple(zip(rows, exponents, strict=True)))
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Vectors of which each begins in memory where the one before ends, as the one vector that they are; None: they lie
+    apart."""
+    first = parts[0]
+    begin = end = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    # Neighbours by chance are not within the first one's memory.
+    if first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize < end - begin:
+        return None
+    return first.as_strided(((end - begin) // first.itemsize,), (1,))
+
+
 def linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -50,9 +120,10 @@ def linear(
     k: int,
     group: int,
     scale_bits: int,
-    exponent: int,
+    exponent: int | tuple[tuple[int, int], ...],
 ) -> torch.Tensor:
-    """The same without torch's dispatcher, which adds about five microseconds to every call.
+    """w4_linear without torch's dispatcher, which adds about five microseconds to every call. ``exponent``: also
+    (rows, exponent) of several matrices, whose packed bytes follow each other.
 
     Recorded CUDA graphs may be replayed at the same time, on any streams, beside calls that are not recorded: every
     recording has workspaces of its own, one for each of its streams. RuntimeError where a graph is being recorded
@@ -137,6 +208,14 @@ def _driver() -> Any:
     except (OSError, AttributeError):
         return None
     return found
+
+
+def place(x: torch.Tensor) -> Any:
+    """Where in the device's work a kernel on x would stand now: after those of the same place before it."""
+    if not x.is_cuda:
+        return None
+    stream: int = torch._C._cuda_getCurrentRawStream(x.device.index)
+    return stream, (_recording(stream) or -1) if torch.cuda.is_current_stream_capturing() else 0
 
 
 def _workspace_bytes() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 
 from .. import _C
-from . import library, weights
+from . import library, stack, weights
 
 
 class SharedScaleLinear(torch.nn.Module):
@@ -18,6 +19,8 @@ class SharedScaleLinear(torch.nn.Module):
         exponent: the binary exponent that its scales have in common; None: not read yet. Saved beside the weight, as
             extra state: [exponent, group_size, scale_mbits]. A state without it, or of another format, is refused.
         bias: (out_features,), in the dtype of the layer it was made of.
+        stack_rank: its place in a stack of layers that are one product (stack.py); None: in none.
+        stack_siblings: of the first layer of a stack, the others.
 
     Sums are float32 and without 2^exponent (-16 for most weights) until they are done: they may be Inf where
     |x| |W|^T >= 2^(127 + exponent), which x of fp16 never reaches.
@@ -26,6 +29,8 @@ class SharedScaleLinear(torch.nn.Module):
     weight: torch.Tensor
     bias: torch.nn.Parameter | None
     exponent: int | None
+    stack_rank: int | None = None
+    stack_siblings: tuple[SharedScaleLinear, ...] = ()
 
     def __init__(
         self,
@@ -91,23 +96,37 @@ class SharedScaleLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"SharedScaleLinear: x: expected (..., {self.in_features}), got {tuple(x.shape)}")
-        kind = x.device.type
+        given, kind = x, x.device.type
         # Not is_autocast_available: torch.compile of torch 2.11 does not know it.
         autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         if autocast and x.is_floating_point() and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(kind))
         # Compiled code and traces see the operation; a plain call does not go through torch's dispatcher.
         plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        call = library.linear if plain and kind in ("cpu", "cuda") else torch.ops.kvcomp.w4_linear
+        direct = plain and kind in ("cpu", "cuda")
         if plain and x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
                 "SharedScaleLinear: x: expected one without gradients, got one that requires them"
             )
+        if self.stack_rank is not None and (direct or torch.compiler.is_dynamo_compiling()):
+            part = stack.part(self, given, x)
+            if part is not None:
+                return part
+        call = library.linear if direct else torch.ops.kvcomp.w4_linear
         out: torch.Tensor = call(
             x, self.weight, self.bias, self.out_features, self.in_features, self.group_size, self.scale_mbits,
             self._known_exponent(),
         )  # fmt: skip
         return out
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call,unused-ignore]
+        stack.moved(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call,unused-ignore]
+        stack.restored(self)
 
     def get_extra_state(self) -> torch.Tensor:
         known = [] if self.exponent is None else [self.exponent, self.group_size, self.scale_mbits]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import weights
+from . import stack, weights
 from .linear import SharedScaleLinear
 
 TARGETS = ("mlp", "all")
@@ -37,6 +37,7 @@ class W4Report:
     """What quantize_model did. Bytes are those that layers hold, scales and what pads among them; biases are not."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    stacks: int = 0  # sets of layers that are one product each
 
     @property
     def nbytes(self) -> int:
@@ -117,9 +118,13 @@ def quantize_model(
     scale_mbits: int = 5,
     rounding: str = "nearest",
     skip: Sequence[str] = (),
+    stacked: bool = True,
 ) -> W4Report:
     """Replaces a model's linear layers, those of its MLPs or "all" of its blocks', by SharedScaleLinear, one after the
     other, where they are. A transformers model is then one that save_pretrained and from_pretrained know.
+
+    stacked: layers that a module calls with the same x (q_proj, k_proj and v_proj; gate_proj and up_proj) are one
+        product where x has few rows; their weights are then parts of one buffer (stack.py).
 
     ValueError for formats that do not exist, models without such layers and models that are quantized already (their
     configuration has room for one format); weights that are not finite, or not there (device meta), are found before
@@ -141,10 +146,12 @@ def quantize_model(
     for name in names:
         layer = SharedScaleLinear.from_linear(linear_at(model, name), group_size, scale_mbits, rounding=rounding)
         replace_module(model, name, layer)
+    if stacked:
+        stack.stack_layers(model)
     if hasattr(model, "save_pretrained"):
         from .hf import W4Config, mark
 
-        mark(model, W4Config(target, group_size, scale_mbits, rounding, list(skip)))
+        mark(model, W4Config(target, group_size, scale_mbits, rounding, list(skip), stacked))
     return report(model)
 
 
@@ -155,7 +162,8 @@ def report(model: torch.nn.Module) -> W4Report:
             LayerReport(name, module.out_features, module.in_features, module.weight.nbytes)
             for name, module in model.named_modules()
             if isinstance(module, SharedScaleLinear)
-        ]
+        ],
+        stack.stacked(model),
     )
 
 
