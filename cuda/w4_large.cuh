@@ -1,11 +1,13 @@
 /* w4_large.cuh: x * W^T for more than 32 rows of x, on sm_90a: wgmma with W as its register operand.
  *
- * A tile is 128 * STRIPS rows of W (64 * STRIPS a warpgroup) times COLUMNS rows of x. One warp requests copies, x by a
- * tensor map with a swizzle of 128 bytes, W as it lies; two or four warpgroups turn codes into numbers, times their
- * scales, while products of the step before run; codes and scales are loaded 64 inputs ahead.
+ * A tile is TALL strips of 64 rows of W, one a warpgroup, times COLUMNS rows of x. A stage is 128 inputs of both. One
+ * warp copies weights as they lie, another x by a tensor map with a swizzle of 128 bytes, two unpack scales; two or
+ * four warpgroups turn codes into numbers, times their scales, while the batch of products before runs. What all of
+ * them do has few instructions, which bound this kernel before bytes and products do (w4.md): addresses of stages and
+ * barriers are in uniform registers, which the compiler takes only where it sees that lanes agree and stay together.
  *
  * Few tiles: each is one block's, or its inputs are shared by the blocks of a cluster, which add their sums up through
- * each other's shared memory. Many tiles: as many as fill all multiprocessors equally are taken whole; what is left is
+ * each other's shared memory. Many tiles: blocks take whole ones in turn; what is left when all have had as many may be
  * cut into equal runs, each the end of a tile and the beginning of another at most. The beginning is worked on first,
  * and its sums go to the workspace for the run that has the tile's end, as in w4_small.cuh. */
 #pragma once
@@ -23,22 +25,33 @@ constexpr int STEP = 128;       /* inputs of a stage */
 constexpr int PANEL = 8;        /* tiles of x that are worked on together, for the L2 */
 constexpr int SCALE_ROOM = 512; /* most bytes of a block's scales */
 constexpr int CODES = KVC_W4_ROWS * STEP / 2, STRIP = CODES + SCALE_ROOM; /* of a strip in a stage */
-/* Warpgroups that multiply in tiles of four strips: four of a strip each hide more than two of two strips, which had a
- * half of the loads of x from shared memory, do. */
-constexpr int WIDE_GROUPS = 4;
-constexpr int MOST_SPLIT = 8; /* blocks of a cluster, everywhere */
+constexpr int SCALERS = 2;                                                /* warps that unpack scales; two more copy */
+constexpr int BESIDE = 1024 + 16; /* bytes of shared memory that are no stage's: what aligns them, a barrier */
+constexpr int MOST_SPLIT = 8;     /* blocks of a cluster, everywhere */
 
 __host__ __device__ constexpr int w4_stage_bytes(int tall, int columns) { return columns * STEP * 2 + tall * STRIP; }
+/* Of a stage's unpacked scales. */
+__host__ __device__ constexpr int w4_pair_bytes(int tall, int group) { return tall * (STEP / group) * 128; }
+/* Of everything that a stage has. */
+__host__ __device__ constexpr int w4_all_bytes(int tall, int columns, int group) {
+    return w4_stage_bytes(tall, columns) + w4_pair_bytes(tall, group) + 3 * 8;
+}
 
 struct w4_plan {
     int32_t n_tiles, m_tiles, steps; /* steps of STEP inputs in a tile */
     int32_t stages;
-    int32_t split; /* blocks that share a tile, a cluster if more than 1; 0: runs */
-    int32_t whole; /* tiles that a block takes whole */
-    /* What is left after whole tiles is cut into as many runs as tiles or more, of `run` steps, the first `longer` of
-     * them of one more. */
+    /* Rows of x that a copy brings, a multiple of 8, and where the last tile's begin: copies of rows that x does not
+     * have are slow, so the last tile has some of the one before again, which nobody stores. */
+    int32_t rows, last_row;
+    int32_t split; /* blocks (x of a grid of tiles) that share a tile, a cluster if more than 1; 0: runs */
+    int32_t whole; /* tiles that a block takes whole, at most */
+    /* What is left after whole tiles, if anything, is cut into as many runs as tiles or more, of `run` steps, the first
+     * `longer` of them of one more. So are a tile's steps among the blocks that share it. */
     int32_t runs, run, longer;
 };
+
+/* What is the same in all lanes, so that the compiler sees it: it takes uniform registers then. */
+__device__ __forceinline__ int w4_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 /* What one block of threads works on, in order: a beginning, an end, whole tiles. */
 struct w4_work {
@@ -54,10 +67,10 @@ struct w4_work {
     __device__ __forceinline__ bool next() {
         item++;
         if (plan.split > 0) {
-            const int rank = blockIdx.x % plan.split;
-            tile = blockIdx.x / plan.split;
-            from = plan.steps * rank / plan.split;
-            to = plan.steps * (rank + 1) / plan.split;
+            const int rank = blockIdx.x;
+            tile = 0;
+            from = rank * plan.run + min(rank, plan.longer);
+            to = from + plan.run + (rank < plan.longer);
             return item == 0;
         }
         if (item < 2) { /* the end of a run is the beginning of a tile */
@@ -78,25 +91,26 @@ struct w4_work {
             }
             item = 2;
         }
-        if (item - 2 >= plan.whole) return false;
         tile = (item - 2) * (int)gridDim.x + (int)blockIdx.x;
+        if (item - 2 >= plan.whole || tile >= plan.n_tiles * plan.m_tiles) return false;
         from = 0;
         to = plan.steps;
         return true;
     }
     /* Panels of PANEL tiles of x, in which those of x follow each other. */
     __device__ __forceinline__ void place(int &n_tile, int &m_tile) const {
+        n_tile = blockIdx.y, m_tile = blockIdx.z;
+        if (plan.split > 0) return;
         const int panel = tile / (PANEL * plan.n_tiles), at = tile - panel * PANEL * plan.n_tiles;
         const int width = min(PANEL, plan.m_tiles - panel * PANEL);
         n_tile = at / width;
         m_tile = panel * PANEL + at % width;
     }
+    /* The first of the tile's rows of x. */
+    template <int COLUMNS> __device__ __forceinline__ int row_of(int m_tile) const {
+        return min(m_tile * COLUMNS, plan.last_row);
+    }
 };
-
-/* Bytes of a stage whose arrival is waited for. */
-template <int TALL, int COLUMNS> __device__ __forceinline__ int w4_stage_arrives(const w4_job &a) {
-    return COLUMNS * STEP * 2 + TALL * (CODES + a.block_bytes - a.code_bytes);
-}
 
 /* Numbers q * s (bf16) or q * s / 16 (fp16, so that none overflows), of scales given twice each. */
 template <typename T> struct w4_scaled;
@@ -150,337 +164,417 @@ __device__ __forceinline__ uint64_t w4_descriptor(uint32_t at) {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
 
-/* The copying warp: its lanes share the copies of a stage. */
+/* Of a block's items, in order: steps, and the stages that they come in. All of it is the same in all lanes. */
+struct w4_walk {
+    w4_work work;
+    int n_tile, m_tile, step, stop, slot, parity;
+
+    __device__ __forceinline__ explicit w4_walk(const w4_plan &plan)
+        : work(plan), n_tile(0), m_tile(0), step(0), stop(0), slot(0), parity(0) {}
+    /* To the next item, if there is one. */
+    __device__ __forceinline__ bool next() {
+        if (!work.next()) return false;
+        work.place(n_tile, m_tile);
+        n_tile = w4_uniform(n_tile), m_tile = w4_uniform(m_tile);
+        step = w4_uniform(work.from), stop = w4_uniform(work.to);
+        slot = w4_uniform(slot), parity = w4_uniform(parity);
+        return true;
+    }
+    __device__ __forceinline__ void advance() {
+        step++;
+        if (++slot == work.plan.stages) slot = 0, parity ^= 1;
+    }
+};
+
+/* The warp that copies x. */
 template <int TALL, int COLUMNS>
-__device__ __forceinline__ void w4_produce(const w4_job &a, const w4_plan &plan, const CUtensorMap *map,
-                                           uint32_t stages, uint32_t full, uint32_t empty, int lane) {
+__device__ __forceinline__ void w4_copy_x(const w4_job &a, const w4_plan &plan, const CUtensorMap *map, uint32_t stages,
+                                          uint32_t full, uint32_t empty) {
     constexpr int BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
-    const int shift = a.inputs == STEP ? 0 : 1, arrives = w4_stage_arrives<TALL, COLUMNS>(a);
-    /* W is read again where there is more than one tile of x. */
+    if (a.early) w4_wait_for_previous();
+    w4_let_next_begin(); /* it may rely on what came before this kernel */
+    for (w4_walk at(plan); at.next();) {
+        const int row = at.work.row_of<COLUMNS>(at.m_tile);
+#pragma unroll 1
+        for (; at.step < at.stop; at.advance()) {
+            const uint32_t bar = full + 8 * at.slot, to = stages + at.slot * BYTES;
+            w4_barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
+            if (w4_elected()) {
+                w4_expect(bar, plan.rows * STEP * 2);
+                w4_copy_rows(to, map, at.step * STEP, row, bar);
+                w4_copy_rows(to + X / 2, map, at.step * STEP + 64, row, bar);
+            }
+        }
+    }
+}
+
+/* The warp that copies weights, which may run while the kernel before does. HALVES: a block of W is two steps. */
+template <int TALL, int COLUMNS, bool HALVES>
+__device__ __forceinline__ void w4_copy_weights(const w4_job &a, const w4_plan &plan, uint32_t stages, uint32_t full,
+                                                uint32_t empty) {
+    constexpr int BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
+    const int scales = a.block_bytes - a.code_bytes;
     uint64_t policy;
     if (plan.m_tiles > 1)
         asm("createpolicy.fractional.L2::evict_last.b64 %0,1.0;" : "=l"(policy));
     else
         policy = w4_read_once();
-    /* Lanes 0 .. TALL - 1 have a strip each, with its scales where a step is a block; else as many more have
-     * those; two more have half of x each. */
-    const int strip = lane % (TALL);
-    const bool codes = lane < TALL, weights = lane < (TALL << shift);
-    const bool rows = lane >= 2 * TALL && lane < 2 * TALL + 2;
-    const int bytes = !codes ? a.block_bytes - a.code_bytes : shift ? CODES : a.block_bytes;
-    const uint32_t to = stages + (rows ? (lane & 1) * (X / 2) : X + strip * STRIP + (codes ? 0 : CODES));
-    int early = 0; /* stages whose weights were requested before the kernel before had ended */
+    for (w4_walk at(plan); at.next();) {
+        const char *from[TALL]; /* the next block of each strip; those behind W's end bring the last again */
+#pragma unroll
+        for (int s = 0; s < TALL; s++)
+            from[s] = a.packed + ((int64_t)min(at.n_tile * TALL + s, a.strips - 1) * a.blocks +
+                                  (HALVES ? at.step >> 1 : at.step)) *
+                                     a.block_bytes;
 #pragma unroll 1
-    for (int pass = a.early ? 0 : 1; pass < 2; pass++) {
-        if (pass == 1 && a.early) w4_wait_for_previous();
-        int slot = 0, parity = 1, count = 0;
-#pragma unroll 1
-        for (w4_work work(plan); (pass == 1 || count < plan.stages) && work.next();) {
-            int n_tile, m_tile;
-            work.place(n_tile, m_tile);
-            const char *const from =
-                a.packed + (int64_t)min(n_tile * TALL + strip, a.strips - 1) * a.blocks * a.block_bytes;
-#pragma unroll 1
-            for (int step = work.from; step < work.to && (pass == 1 || count < plan.stages); step++, count++) {
-                const uint32_t bar = full + 8 * slot;
-                if (pass == 1) w4_barrier_wait(empty + 8 * slot, parity);
-                if (pass == 0 || count >= early) {
-                    if (lane == 0) w4_expect(bar, arrives);
-                    __syncwarp();
-                    if (weights)
-                        w4_copy_counted(to + slot * BYTES,
-                                        from + (int64_t)(step >> shift) * a.block_bytes +
-                                            (codes ? (step & shift) * CODES : a.code_bytes),
-                                        bytes, bar, policy);
-                }
-                if (pass == 1 && rows)
-                    w4_copy_rows(to + slot * BYTES, map, step * STEP + 64 * (lane & 1), m_tile * COLUMNS, bar);
-                if (++slot == plan.stages) slot = 0, parity ^= 1;
+        for (; at.step < at.stop; at.advance()) {
+            const uint32_t bar = full + 8 * at.slot, to = stages + at.slot * BYTES + X;
+            w4_barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
+            if (w4_elected()) {
+                w4_expect(bar, TALL * (CODES + scales));
+#pragma unroll
+                for (int s = 0; s < TALL; s++)
+                    if (!HALVES) {
+                        w4_copy_counted(to + s * STRIP, from[s], CODES + scales, bar, policy);
+                    } else {
+                        w4_copy_counted(to + s * STRIP, from[s] + (at.step & 1) * CODES, CODES, bar, policy);
+                        w4_copy_counted(to + s * STRIP + CODES, from[s] + a.code_bytes, scales, bar, policy);
+                    }
             }
-        }
-        if (pass == 0) {
-            early = count;
-            w4_let_next_begin();
+            if (!HALVES || (at.step & 1))
+#pragma unroll
+                for (int s = 0; s < TALL; s++) from[s] += a.block_bytes;
         }
     }
 }
 
-/* Codes and scales of 64 inputs. */
-template <int STRIPS, bool FINE> struct w4_fragment {
-    uint32_t word[STRIPS][4], pair[STRIPS][FINE ? 2 : 1];
+/* The warps that unpack scales of what has arrived, `me` of SCALERS: to pairs of fp16 at `pairs`, 128 bytes for the 64
+ * rows of a strip and a group, those of rows r and r + 8 of 16 rows `tile` at 16 * r + 4 * tile. */
+template <int TALL, int COLUMNS, int GROUP>
+__device__ __forceinline__ void w4_unpack_scales(const w4_job &a, const w4_plan &plan, const char *stages, char *pairs,
+                                                 uint32_t full, uint32_t ready, int me, int lane) {
+    constexpr int BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2, GROUPS = STEP / GROUP;
+    const w4_planes planes = w4_planes_of(a, lane >> 2, lane & 3);
+    for (w4_walk at(plan); at.next();)
+#pragma unroll 1
+        for (; at.step < at.stop; at.advance()) {
+            const char *const from = stages + at.slot * BYTES + X + CODES;
+            char *const to = pairs + at.slot * w4_pair_bytes(TALL, GROUP) + planes.at16;
+            const int first = GROUPS == 1 ? at.step & (a.inputs / STEP - 1) : 0;
+            w4_barrier_wait(full + 8 * at.slot, at.parity);
+#pragma unroll 1
+            for (int s = me; s < TALL; s += SCALERS)
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++)
+                    *(uint32_t *)(to + (s * GROUPS + g) * 128) =
+                        w4_scale_pair(a, from + s * STRIP + (first + g) * a.group_bytes, planes);
+            __syncwarp();
+            if (lane == 0) w4_barrier_arrive(ready + 8 * at.slot);
+        }
+}
 
-    /* `at`: this warpgroup's strips in a stage. `before`: the 64 inputs before, where those may have the same scales.
-     */
-    __device__ __forceinline__ void load(const w4_job &a, const char *at, int step, int chunk, int lane,
-                                         const w4_planes &of, const w4_fragment *before = nullptr) {
+/* Codes of 64 inputs of a strip, and their scales. */
+template <int GROUP> struct w4_fragment {
+    static constexpr int GROUPS = GROUP == 32 ? 2 : 1; /* of those 64, or of more */
+    uint32_t word[4], pair[GROUPS];
+
+    /* `codes`: this lane's of the strip in a stage, `scales`: likewise. Groups of 128 have theirs with their first 64
+     * inputs. */
+    __device__ __forceinline__ void load(uint32_t codes, uint32_t scales, int chunk) {
+        w4_load_codes(word, codes + chunk * 2048);
+        if (GROUP == 128 && chunk > 0) return;
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++) {
-            const uint4 v = *(const uint4 *)(at + s * STRIP + chunk * 2048 + lane * 16);
-            word[s][0] = v.x, word[s][1] = v.y, word[s][2] = v.z, word[s][3] = v.w;
-            if (!FINE && before) pair[s][0] = before->pair[s][0];
-        }
-        if (!FINE && before && a.group_shift == 7) return;
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) {
-#pragma unroll
-            for (int f = 0; f < (FINE ? 2 : 1); f++) {
-                const int input = (a.inputs == STEP ? 0 : step & 1) * STEP + chunk * 64 + f * 32;
-                const int group = FINE ? input / 32 : input >> a.group_shift;
-                pair[s][f] = w4_scale_pair(a, at + s * STRIP + CODES + group * a.group_bytes, of);
-            }
-        }
+        for (int f = 0; f < GROUPS; f++)
+            asm volatile("ld.shared.u32 %0,[%1];" : "=r"(pair[f]) : "r"(scales + (chunk * (64 / GROUP) + f) * 128));
     }
 };
 
-/* Sums of a tile whose inputs a cluster's blocks have shared: each adds up, in the order of blocks, and stores as many
- * pieces of 8 rows of x as the others. The stages are free by now. */
-template <typename T, int GROUPS, int STRIPS, int COLUMNS>
-__device__ __forceinline__ void w4_large_add(const w4_job &a, int split, float (&acc)[STRIPS][COLUMNS / 2],
-                                             uint32_t base, char *stages, int n_tile, int m_tile) {
-    constexpr int EIGHTS = COLUMNS / 8, PIECES = STRIPS * EIGHTS, AT_ONCE = 4, THREADS = 128 * GROUPS;
-    const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-    w4_consumers_sync<THREADS>();
-    float4 *const own = (float4 *)stages + threadIdx.x;
-#pragma unroll
-    for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j++)
-            own[(s * EIGHTS + j) * THREADS] =
-                make_float4(acc[s][4 * j], acc[s][4 * j + 1], acc[s][4 * j + 2], acc[s][4 * j + 3]);
-    w4_cluster_sync();
-    const int rank = blockIdx.x % split, stop = PIECES * (rank + 1) / split;
-#pragma unroll 1
-    for (int piece = PIECES * rank / split; piece < stop; piece++) {
-        const int s = piece / EIGHTS, m0 = m_tile * COLUMNS + piece % EIGHTS * 8;
-        if (m0 >= a.m) continue;
-        const uint32_t at = base + (piece * THREADS + threadIdx.x) * 16;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-        for (int first = 0; first < split; first += AT_ONCE) {
-            float4 v[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                v[i] = first + i < split ? w4_load_remote(at, first + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-        }
-        const int n0 = ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp;
-        w4_store_sums(a, w4_end_of(a, w4_scaled<T>::FACTOR, n0, lane), sum.x, sum.y, sum.z, sum.w, m0, lane);
-    }
-    w4_cluster_met(); /* the others have read */
+/* Of a tile's pieces of 8 rows of x those that the block `rank` of `split` adds up: the first, and the first of the
+ * next block's. */
+template <int COLUMNS> __device__ __forceinline__ int w4_first_piece(int split, int rank) {
+    return COLUMNS / 8 * rank / split;
 }
 
-template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE>
-__global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+/* Bytes of sums that such a block is sent. */
+template <int TALL, int COLUMNS> __device__ __forceinline__ int w4_sent_bytes(int split, int rank) {
+    return (w4_first_piece<COLUMNS>(split, rank + 1) - w4_first_piece<COLUMNS>(split, rank)) * split * TALL * 128 * 16;
+}
+
+/* Sums of a tile whose inputs the blocks of a cluster have shared: each is sent a piece of all, into its stages, which
+ * nobody reads any more, adds up, in the order of blocks, and stores. `sent` counts the bytes. Nobody reads what
+ * another has in its shared memory, which would take a fence of the whole GPU. */
+template <typename T, int TALL, int COLUMNS>
+__device__ __forceinline__ void w4_large_add(const w4_job &a, const w4_work &work, const float (&acc)[COLUMNS / 2],
+                                             uint32_t base, uint32_t sent, int n_tile, int m_tile) {
+    constexpr int PIECES = COLUMNS / 8, THREADS = 128 * TALL;
+    const int split = work.plan.split, rank = blockIdx.x, n0 = n_tile * TALL * KVC_W4_ROWS + 16 * (threadIdx.x >> 5);
+    const uint32_t own = base + threadIdx.x * 16;
+    w4_cluster_met();
+#pragma unroll
+    for (int j = 0; j < PIECES; j++) {
+        const int owner = ((j + 1) * split - 1) / PIECES;
+        const uint32_t at = own + ((j - w4_first_piece<COLUMNS>(split, owner)) * split + rank) * THREADS * 16;
+        w4_send(at, sent, owner, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+    }
+    const w4_end end = w4_end_of(a, w4_scaled<T>::FACTOR, n0, threadIdx.x & 31);
+    const int first = w4_first_piece<COLUMNS>(split, rank), count = w4_first_piece<COLUMNS>(split, rank + 1) - first;
+    w4_barrier_wait(sent, 0);
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const int m0 = work.row_of<COLUMNS>(m_tile) + (first + i) * 8;
+        if (m0 < m_tile * COLUMNS || m0 >= a.m) continue;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int other = 0; other < split; other++) {
+            const float4 v = w4_load_sums(own + (i * split + other) * THREADS * 16);
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        w4_store_sums(a, end, sum.x, sum.y, sum.z, sum.w, m0, threadIdx.x & 31);
+    }
+}
+
+/* Sums of the beginning of a tile, to the workspace of this block. */
+template <int SUMS, int THREADS>
+__device__ __forceinline__ void w4_large_leave(uint32_t *parts, const float (&acc)[SUMS]) {
+    uint32_t *const own = parts + (int64_t)blockIdx.x * SUMS * THREADS;
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4)
+        w4_store_parts(own + i * THREADS, w4_part(acc[i]), w4_part(acc[i + 1]), w4_part(acc[i + 2]),
+                       w4_part(acc[i + 3]));
+}
+
+/* What the runs before have of a tile from its step `start` of all on, added. */
+template <int SUMS, int THREADS, int AT_ONCE>
+__device__ __forceinline__ void w4_large_gather(const w4_work &work, uint32_t *parts, int start, float (&acc)[SUMS]) {
+    int other = blockIdx.x;
+    do {
+        uint32_t *const from = parts + (int64_t)--other * SUMS * THREADS;
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4 * AT_ONCE) {
+            uint32_t bits[AT_ONCE][4];
+#pragma unroll
+            for (int e = 0; e < AT_ONCE; e++) w4_load_parts(bits[e], from + (i + 4 * e) * THREADS);
+#pragma unroll
+            for (int e = 0; e < AT_ONCE; e++) {
+                uint32_t *const at = from + (i + 4 * e) * THREADS;
+                /* The warp stays together, so that the loops around this may use uniform registers. */
+                while (__any_sync(0xffffffffu, bits[e][0] == EMPTY || bits[e][1] == EMPTY || bits[e][2] == EMPTY ||
+                                                   bits[e][3] == EMPTY))
+                    w4_load_parts(bits[e], at);
+                w4_store_parts(at, EMPTY, EMPTY, EMPTY, EMPTY);
+#pragma unroll
+                for (int f = 0; f < 4; f++) acc[i + 4 * e + f] += __uint_as_float(bits[e][f]);
+            }
+        }
+    } while (work.bound(other) > start);
+}
+
+/* Tiles of TALL strips, one a warpgroup. */
+template <typename T, int TALL, int COLUMNS, int GROUP>
+__global__ void __launch_bounds__(128 * (TALL + 1), 1)
     w4_large(const __grid_constant__ w4_job a, const __grid_constant__ w4_plan plan,
              const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
-    constexpr int TALL = GROUPS * STRIPS, BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
-    constexpr int SUMS = COLUMNS / 2, THREADS = 128 * GROUPS,
-                  WORDS = STRIPS * SUMS * THREADS; /* of a thread and strip; of a tile */
+    constexpr int BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
+    constexpr int SUMS = COLUMNS / 2, THREADS = 128 * TALL;
+    /* Products that are begun together: while they run, the numbers of as many more are made. */
+    constexpr int BATCH = COLUMNS <= 64 || TALL == 2 ? 4 : 2, BATCHES = STEP / 16 / BATCH;
     const uint32_t base = (w4_shared(memory) + 1023) & ~1023u;
     char *const stages = memory + (base - w4_shared(memory));
-    const uint32_t full = base + plan.stages * BYTES, empty = full + 8 * plan.stages;
-    const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    constexpr int PAIRS = w4_pair_bytes(TALL, GROUP);
+    const uint32_t pairs = base + plan.stages * BYTES, full = pairs + plan.stages * PAIRS,
+                   empty = full + 8 * plan.stages, ready = empty + 8 * plan.stages, sent = ready + 8 * plan.stages;
+    /* The same in all lanes, which the compiler sees: what depends on it alone is in uniform registers. */
+    const int group = w4_uniform(threadIdx.x >> 7);
+    const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     if (threadIdx.x < plan.stages) {
-        w4_barrier_init(full + 8 * threadIdx.x, 1);
-        w4_barrier_init(empty + 8 * threadIdx.x, 4 * GROUPS);
+        w4_barrier_init(full + 8 * threadIdx.x, 2);
+        w4_barrier_init(ready + 8 * threadIdx.x, SCALERS);
+        w4_barrier_init(empty + 8 * threadIdx.x, 4 * TALL);
     }
-    if (threadIdx.x == 0) w4_prefetch_map(&map);
+    if (threadIdx.x == 0) {
+        w4_prefetch_map(&map);
+        w4_barrier_init(sent, 1);
+    }
     w4_barriers_ready();
-    if (!a.early) {
-        w4_wait_for_previous();
-        w4_let_next_begin();
-    }
-    if (group == GROUPS) {
-        w4_leave_registers<GROUPS == 2 ? 40 : 32>();
-        if (warp == 0) w4_produce<TALL, COLUMNS>(a, plan, &map, base, full, empty, lane);
+    if (threadIdx.x == 0 && plan.split > 1) w4_expect(sent, w4_sent_bytes<TALL, COLUMNS>(plan.split, blockIdx.x));
+    if (!a.early) w4_wait_for_previous();
+    if (group == TALL) {
+        w4_leave_registers<TALL == 2 ? 40 : 32>();
+        const int role = w4_uniform(warp);
+        if (role == 0)
+            a.inputs == STEP ? w4_copy_weights<TALL, COLUMNS, false>(a, plan, base, full, empty)
+                             : w4_copy_weights<TALL, COLUMNS, true>(a, plan, base, full, empty);
+        else if (role == 1)
+            w4_copy_x<TALL, COLUMNS>(a, plan, &map, base, full, empty);
+        else
+            w4_unpack_scales<TALL, COLUMNS, GROUP>(a, plan, stages, stages + plan.stages * BYTES, full, ready, role - 2,
+                                                   lane);
         return;
     }
-    w4_take_registers<GROUPS == 2 ? 232 : 112>();
+    w4_take_registers<TALL == 2 ? 232 : 112>();
     if (a.early) w4_wait_for_previous(); /* out and the workspace are written below */
-    const char *const mine = stages + X + group * STRIPS * STRIP;
-    const int in_group = threadIdx.x & 127;
-    w4_planes planes = w4_planes_of(a, lane >> 2, warp);
-    if (COLUMNS < 128) w4_keep(planes); /* there is room for it */
-    int slot = 0, parity = 0;
+    const uint32_t codes = base + X + group * STRIP + (threadIdx.x & 127) * 16;
+    const uint32_t scales = pairs + group * (PAIRS / TALL) + (lane >> 2) * 16 + warp * 4;
+    int next_slot = 0, next_parity = 0;
     for (w4_work work(plan); work.next();) {
-        float acc[STRIPS][COLUMNS / 2];
+        int slot = w4_uniform(next_slot), parity = w4_uniform(next_parity);
+        const int from = w4_uniform(work.from), to = w4_uniform(work.to);
+        float acc[SUMS];
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 2; i++) acc[s][i] = 0.0f;
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) w4_wgmma_hold(acc[s]);
+        for (int i = 0; i < SUMS; i++) acc[i] = 0.0f;
+        w4_wgmma_hold(acc);
         int held = -1; /* the stage whose products may still run */
-        uint32_t numbers[2][STRIPS][4];
-        w4_fragment<STRIPS, FINE> part[2];
-        w4_barrier_wait(full + 8 * slot, parity);
-        part[0].load(a, mine + slot * BYTES, work.from, 0, in_group, planes);
+        uint32_t numbers[2][BATCH][4];
+        w4_fragment<GROUP> part;
+        w4_barrier_wait(ready + 8 * slot, parity);
+        part.load(codes + slot * BYTES, scales + slot * PAIRS, 0);
 #pragma unroll 1
-        for (int step = work.from; step < work.to; step++) {
+        for (int step = from; step < to; step++) {
             const uint64_t x = w4_descriptor(base + slot * BYTES);
             const int now = slot;
             if (++slot == plan.stages) slot = 0, parity ^= 1;
+            uint32_t scale[w4_fragment<GROUP>::GROUPS][2];
 #pragma unroll
-            for (int chunk = 0; chunk < 2; chunk++) {
-                uint32_t scale[STRIPS][FINE ? 2 : 1][2];
+            for (int batch = 0; batch < BATCHES; batch++) {
+                const int chunk = batch * BATCH / 4, first = batch * BATCH % 4;
+                w4_wgmma_wait<1>(); /* the batch before the last has read its numbers and x */
+                if (batch == 1) {
+                    w4_barrier_arrive_if(empty + 8 * held, held >= 0 && lane == 0);
+                    held = now;
+                }
+                if (first == 0 && (GROUP < 128 || chunk == 0))
 #pragma unroll
-                for (int s = 0; s < STRIPS; s++)
+                    for (int f = 0; f < w4_fragment<GROUP>::GROUPS; f++) w4_scaled<T>::twice(scale[f], part.pair[f]);
 #pragma unroll
-                    for (int f = 0; f < (FINE ? 2 : 1); f++) w4_scaled<T>::twice(scale[s][f], part[chunk].pair[s][f]);
+                for (int i = 0; i < BATCH; i++) {
+                    w4_scaled<T>::numbers(numbers[batch & 1][i], part.word[first + i],
+                                          scale[GROUP == 32 ? (first + i) >> 1 : 0]);
+                    w4_wgmma_hold(numbers[batch & 1][i]);
+                }
+                w4_wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int at = 4 * chunk + i;
-                    w4_wgmma_wait<1>(); /* the products of two steps ago have read their numbers */
-                    if (at == 1) {
-                        if (held >= 0 && lane == 0) w4_barrier_arrive(empty + 8 * held);
-                        held = now;
-                    }
-#pragma unroll
-                    for (int s = 0; s < STRIPS; s++)
-                        w4_scaled<T>::numbers(numbers[at & 1][s], part[chunk].word[s][i], scale[s][FINE ? i >> 1 : 0]);
-                    w4_wgmma_fence();
-#pragma unroll
-                    for (int s = 0; s < STRIPS; s++)
-                        w4_wgmma(acc[s], numbers[at & 1][s], x + (chunk * (X / 2) + i * 32) / 16, (const T *)nullptr);
-                    w4_wgmma_commit();
-                    /* What comes next is loaded behind products. */
-                    if (at == 1) part[1].load(a, mine + now * BYTES, step, 1, in_group, planes, &part[0]);
-                    if (at == 5 && step + 1 < work.to) {
-                        w4_barrier_wait(full + 8 * slot, parity);
-                        part[0].load(a, mine + slot * BYTES, step + 1, 0, in_group, planes);
-                    }
+                for (int i = 0; i < BATCH; i++)
+                    w4_wgmma(acc, numbers[batch & 1][i], x + (chunk * (X / 2) + (first + i) * 32) / 16,
+                             (const T *)nullptr);
+                w4_wgmma_commit();
+                /* What comes next is loaded behind products. */
+                if (batch == BATCHES / 2 - 1) part.load(codes + now * BYTES, scales + now * PAIRS, 1);
+                if (batch == BATCHES - 1 && step + 1 < to) {
+                    w4_barrier_wait(ready + 8 * slot, parity);
+                    part.load(codes + slot * BYTES, scales + slot * PAIRS, 0);
                 }
             }
         }
+        next_slot = slot, next_parity = parity;
         w4_wgmma_wait<0>();
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) w4_wgmma_hold(acc[s]);
+        w4_wgmma_hold(acc);
         __syncwarp();
         if (lane == 0) w4_barrier_arrive(empty + 8 * held);
         int n_tile, m_tile;
-        constexpr int AT_ONCE = GROUPS > 2 ? 4 : 8;
         if (plan.split > 1) {
             work.place(n_tile, m_tile);
-            w4_large_add<T, GROUPS, STRIPS, COLUMNS>(a, plan.split, acc, base, stages, n_tile, m_tile);
-            continue;
+            w4_large_add<T, TALL, COLUMNS>(a, work, acc, base, sent, n_tile, m_tile);
+            return;
         }
         uint32_t *const parts = (uint32_t *)a.parts + 4 * threadIdx.x;
         if (work.to < plan.steps) {
-            uint32_t *const own = parts + (int64_t)blockIdx.x * WORDS;
-#pragma unroll
-            for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-                for (int i = 0; i < SUMS; i += 4)
-                    w4_store_parts(own + (s * SUMS + i) * THREADS, w4_part(acc[s][i]), w4_part(acc[s][i + 1]),
-                                   w4_part(acc[s][i + 2]), w4_part(acc[s][i + 3]));
+            w4_large_leave<SUMS, THREADS>(parts, acc);
             continue;
         }
-        if (work.from > 0) { /* the rest of the tile lies in runs before */
-            const int start = (work.tile - work.first_rest()) * plan.steps;
-            int other = blockIdx.x;
-            do {
-                uint32_t *const from = parts + (int64_t)--other * WORDS;
-#pragma unroll
-                for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-                    for (int i = 0; i < SUMS; i += 4 * AT_ONCE) {
-                        uint32_t bits[AT_ONCE][4];
-#pragma unroll
-                        for (int e = 0; e < AT_ONCE; e++)
-                            w4_load_parts(bits[e], from + (s * SUMS + i + 4 * e) * THREADS);
-#pragma unroll
-                        for (int e = 0; e < AT_ONCE; e++) {
-                            uint32_t *const at = from + (s * SUMS + i + 4 * e) * THREADS;
-                            while (bits[e][0] == EMPTY || bits[e][1] == EMPTY || bits[e][2] == EMPTY ||
-                                   bits[e][3] == EMPTY)
-                                w4_load_parts(bits[e], at);
-                            w4_store_parts(at, EMPTY, EMPTY, EMPTY, EMPTY);
-#pragma unroll
-                            for (int f = 0; f < 4; f++) acc[s][i + 4 * e + f] += __uint_as_float(bits[e][f]);
-                        }
-                    }
-            } while (work.bound(other) > start);
-        }
+        if (work.from > 0) /* the rest of the tile lies in runs before */
+            w4_large_gather<SUMS, THREADS, TALL == 2 ? 8 : 4>(work, parts, (work.tile - work.first_rest()) * plan.steps,
+                                                              acc);
         work.place(n_tile, m_tile);
+        const w4_end end = w4_end_of(a, w4_scaled<T>::FACTOR, (n_tile * TALL + group) * KVC_W4_ROWS + 16 * warp, lane);
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++) {
-            const w4_end end = w4_end_of(a, w4_scaled<T>::FACTOR,
-                                         ((n_tile * GROUPS + group) * STRIPS + s) * KVC_W4_ROWS + 16 * warp, lane);
-#pragma unroll
-            for (int j = 0; j < COLUMNS / 8; j++)
-                if (m_tile * COLUMNS + 8 * j < a.m)
-                    w4_store_sums(a, end, acc[s][4 * j], acc[s][4 * j + 1], acc[s][4 * j + 2], acc[s][4 * j + 3],
-                                  m_tile * COLUMNS + 8 * j, lane);
+        for (int j = 0; j < COLUMNS / 8; j++) {
+            const int m0 = work.row_of<COLUMNS>(m_tile) + 8 * j;
+            if (m0 >= m_tile * COLUMNS && m0 < a.m)
+                w4_store_sums(a, end, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3], m0, lane);
         }
     }
 #endif
 }
 
-/* Clocks, only to choose by: of a step (products, or what the L2 gives a multiprocessor, and waiting), of adding up in
- * a cluster, of a run that waits for others, of reading the sums of one. */
+/* Nanoseconds on an H200, only to choose by: of a step, of a kernel's beginning and end, of a further tile's end, of
+ * runs that wait for others, and of each run of a tile. Fitted to times of 33 to 1024 rows of x (w4.md). */
 struct w4_costs {
-    double step, add, merge, parts;
+    double step, once, tile, merge, parts;
 };
 
-w4_costs w4_costs_of(int tall, int columns) {
-    const double products = 4.0 * tall * columns, bytes = 1.0 * tall * (CODES + 64) + 256.0 * columns;
-    const double step = products > bytes / 22 ? products : bytes / 22;
-    return {step + 250, 1000 + 10.0 * tall * columns, 6000, 1500 + 15.0 * tall * columns};
+constexpr w4_costs w4_costs_of(int tall, int columns) {
+    return columns <= 64 ? tall == 2 ? w4_costs{480, 2900, 1000, 4000, 650} : w4_costs{900, 2900, 1500, 9000, 500}
+           : tall == 2   ? w4_costs{700, 3500, 1500, 5500, 1150}
+                         : w4_costs{1300, 5000, 2500, 12000, 1400};
 }
 
+/* Of blocks that add their sums up in a cluster. */
+constexpr double w4_cluster_cost(int split) { return split > 1 ? 900.0 + 450.0 * split : 0.0; }
+
 /* The plan without its runs; bytes of shared memory. */
-int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, const kvc_gpu *device) {
+int w4_plan_tiles(w4_plan *plan, const w4_job *a, int tall, int columns, int group, const kvc_gpu *device) {
     plan->n_tiles = (a->strips + tall - 1) / tall;
     plan->m_tiles = (a->m + columns - 1) / columns;
     plan->steps = a->blocks * (a->inputs / STEP);
-    plan->stages = (device->shared_most - 1024) / (w4_stage_bytes(tall, columns) + 16);
+    const int whole = (a->m + 7) / 8 * 8;
+    plan->rows = whole < columns ? whole : columns;
+    plan->last_row = whole - plan->rows;
+    plan->stages = (device->shared_most - BESIDE) / w4_all_bytes(tall, columns, group);
     plan->split = 0;
-    return 1024 + plan->stages * (w4_stage_bytes(tall, columns) + 16);
+    return BESIDE + plan->stages * w4_all_bytes(tall, columns, group);
 }
 
-/* Runs, or tiles shared by clusters of 1 .. MOST_SPLIT blocks, of which fit[split] have room at once: what takes fewer
- * clocks, which are returned; `blocks`: of threads. */
-double w4_plan_of(w4_plan *plan, int *blocks, const w4_job *a, int tall, int columns, const kvc_gpu *device,
+/* Whole tiles, whole tiles and runs, or tiles shared by clusters of 1 .. MOST_SPLIT blocks, of which fit[split] have
+ * room at once: what takes less time, which is returned; `blocks`: of threads, along x. */
+double w4_plan_of(w4_plan *plan, int *blocks, const w4_job *a, int tall, int columns, int group, const kvc_gpu *device,
                   const int (&fit)[MOST_SPLIT + 1]) {
-    w4_plan_tiles(plan, a, tall, columns, device);
+    w4_plan_tiles(plan, a, tall, columns, group, device);
     const w4_costs cost = w4_costs_of(tall, columns);
     const int64_t tiles = (int64_t)plan->n_tiles * plan->m_tiles, steps = tiles * plan->steps;
     const int64_t most = steps < device->multiprocessors ? steps : device->multiprocessors;
+    const double tile = plan->steps * cost.step + cost.tile;
     /* A run of few steps is worked on faster, and its sums are one more piece to add: both weigh the same near the
      * square root. */
     const int root = (int)(1.2f * sqrtf((float)plan->steps)) + 1, least = root < plan->steps ? root : plan->steps;
     const int64_t rest = tiles % most, runs = rest * plan->steps / least;
-    plan->runs = (int32_t)(runs < 1 ? 1 : runs < most ? runs : most);
     plan->whole = (int32_t)(tiles / most);
+    plan->runs = (int32_t)(runs < 1 ? 1 : runs < most ? runs : most);
     plan->run = (int32_t)(rest * plan->steps / plan->runs);
     plan->longer = (int32_t)(rest * plan->steps % plan->runs);
     *blocks = (int)(tiles >= most ? most : plan->runs);
-    double best = (double)(tiles / most * plan->steps) * cost.step;
+    double best = cost.once + plan->whole * tile;
     if (rest > 0)
-        best +=
-            (double)(rest * plan->steps) / plan->runs * cost.step + cost.merge + cost.parts * plan->runs / (double)rest;
+        best += (double)(rest * plan->steps) / plan->runs * cost.step + cost.merge + cost.parts * plan->runs / rest;
+    if (rest > 0 && tiles > most && cost.once + (plan->whole + 1) * tile < best) {
+        plan->whole++;
+        plan->runs = 1;
+        plan->run = plan->longer = 0;
+        best = cost.once + plan->whole * tile;
+    }
     for (int split = 1; split <= MOST_SPLIT; split++) {
         if (tiles > fit[split] || (split > 1 && plan->steps < 2 * split)) continue;
-        const double clocks = (plan->steps + split - 1) / split * cost.step + (split > 1 ? cost.add + 150 * split : 0);
-        if (clocks >= best) continue;
-        best = clocks;
+        const double took = cost.once + (plan->steps + split - 1) / split * cost.step + w4_cluster_cost(split);
+        if (took >= best) continue;
+        best = took;
         plan->split = split;
-        *blocks = (int)tiles * split;
+        plan->run = plan->steps / split;
+        plan->longer = plan->steps % split;
+        *blocks = split;
     }
     return best;
 }
 
-template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_large_kind {
-    static constexpr int TALL = GROUPS * STRIPS; /* strips of a tile */
-    static constexpr auto *KERNEL = w4_large<T, GROUPS, STRIPS, COLUMNS, FINE>;
+template <typename T, int TALL, int COLUMNS, int GROUP> struct w4_large_kind {
+    static constexpr auto *KERNEL = w4_large<T, TALL, COLUMNS, GROUP>;
+    w4_plan plan;
+    int blocks;
 
-    static void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute (&about)[2], int blocks, int split,
-                          int shared) {
-        config->gridDim = dim3((unsigned)blocks);
-        config->blockDim = dim3(128 * (GROUPS + 1));
+    static void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute (&about)[2], int blocks, int n_tiles,
+                          int m_tiles, int split, int shared) {
+        config->gridDim = dim3((unsigned)blocks, (unsigned)n_tiles, (unsigned)m_tiles);
+        config->blockDim = dim3(128 * (TALL + 1));
         config->dynamicSmemBytes = shared;
         about[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         about[0].val.programmaticStreamSerializationAllowed = 1;
@@ -504,7 +598,7 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
             for (int split = 2; split <= MOST_SPLIT; split++) {
                 cudaLaunchConfig_t config = {};
                 cudaLaunchAttribute about[2] = {};
-                configure(&config, about, split * device->multiprocessors, split, shared);
+                configure(&config, about, split, device->multiprocessors, 1, split, shared);
                 int clusters = 0;
                 if (cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config) != cudaSuccess) {
                     cudaGetLastError();
@@ -518,44 +612,44 @@ template <typename T, int GROUPS, int STRIPS, int COLUMNS, bool FINE> struct w4_
         return cudaSuccess;
     }
 
-    static cudaError_t plan(w4_plan *plan, int *blocks, double *clocks, const w4_job *a, const kvc_gpu *device) {
+    /* *ns: what it is thought to take. */
+    cudaError_t prepare(double *ns, const w4_job *a, const kvc_gpu *device) {
         int room[MOST_SPLIT + 1];
-        const cudaError_t error = fit(room, device, w4_plan_tiles(plan, a, TALL, COLUMNS, device));
-        if (error == cudaSuccess) *clocks = w4_plan_of(plan, blocks, a, TALL, COLUMNS, device, room);
+        const cudaError_t error = fit(room, device, w4_plan_tiles(&plan, a, TALL, COLUMNS, GROUP, device));
+        if (error == cudaSuccess) *ns = w4_plan_of(&plan, &blocks, a, TALL, COLUMNS, GROUP, device, room);
         return error;
     }
 
-    static cudaError_t launch(const w4_plan *plan, int blocks, const w4_job *a, cudaStream_t stream) {
+    cudaError_t launch(const w4_job *a, cudaStream_t stream) const {
         CUtensorMap map;
-        const cudaError_t error = w4_map_of(&map, a, 2, COLUMNS, w4_type<T>::DTYPE == KVC_BFLOAT16);
+        const cudaError_t error = w4_map_of(&map, a, 2, plan.rows, w4_type<T>::DTYPE == KVC_BFLOAT16);
         if (error != cudaSuccess) return error;
         cudaLaunchConfig_t config = {};
         cudaLaunchAttribute about[2] = {};
-        configure(&config, about, blocks, plan->split, 1024 + plan->stages * (w4_stage_bytes(TALL, COLUMNS) + 16));
+        configure(&config, about, blocks, plan.split > 0 ? plan.n_tiles : 1, plan.split > 0 ? plan.m_tiles : 1,
+                  plan.split, BESIDE + plan.stages * w4_all_bytes(TALL, COLUMNS, GROUP));
         config.stream = stream;
-        return cudaLaunchKernelEx(&config, KERNEL, *a, *plan, map);
+        return cudaLaunchKernelEx(&config, KERNEL, *a, plan, map);
     }
 };
 
-/* One or two strips a warpgroup: two halve the reads of x, one makes more tiles. */
-template <typename T, int COLUMNS, bool FINE>
+/* Tiles of four strips halve the reads of x, those of two are more. */
+template <typename T, int COLUMNS, int GROUP>
 cudaError_t w4_large_take(const w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
-    using one = w4_large_kind<T, 2, 1, COLUMNS, FINE>;
-    using two = w4_large_kind<T, WIDE_GROUPS, 4 / WIDE_GROUPS, COLUMNS, FINE>;
-    w4_plan narrow, wide;
-    int narrow_blocks = 0, wide_blocks = 0;
-    double narrow_clocks = 0, wide_clocks = 0;
-    cudaError_t error = one::plan(&narrow, &narrow_blocks, &narrow_clocks, a, device);
-    if (error == cudaSuccess) error = two::plan(&wide, &wide_blocks, &wide_clocks, a, device);
+    w4_large_kind<T, 4, COLUMNS, GROUP> wide;
+    w4_large_kind<T, 2, COLUMNS, GROUP> narrow;
+    double wide_ns = 0, narrow_ns = 0;
+    cudaError_t error = wide.prepare(&wide_ns, a, device);
+    if (error == cudaSuccess) error = narrow.prepare(&narrow_ns, a, device);
     if (error != cudaSuccess) return error;
-    return wide_clocks <= narrow_clocks ? two::launch(&wide, wide_blocks, a, stream)
-                                        : one::launch(&narrow, narrow_blocks, a, stream);
+    return wide_ns <= narrow_ns ? wide.launch(a, stream) : narrow.launch(a, stream);
 }
 
 template <typename T> cudaError_t w4_large_any(const w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
 #define TAKE(COLUMNS)                                                 \
-    (group == 32 ? w4_large_take<T, COLUMNS, true>(a, device, stream) \
-                 : w4_large_take<T, COLUMNS, false>(a, device, stream))
+    (group == 32   ? w4_large_take<T, COLUMNS, 32>(a, device, stream) \
+     : group == 64 ? w4_large_take<T, COLUMNS, 64>(a, device, stream) \
+                   : w4_large_take<T, COLUMNS, 128>(a, device, stream))
     return a->m <= 64 ? TAKE(64) : TAKE(128);
 #undef TAKE
 }

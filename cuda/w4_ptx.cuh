@@ -33,6 +33,15 @@ __device__ __forceinline__ void w4_barrier_arrive(uint32_t bar) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state,[%0];}" ::"r"(bar) : "memory");
 }
 
+/* Without a branch, which between products keeps the compiler from letting them run on. */
+__device__ __forceinline__ void w4_barrier_arrive_if(uint32_t bar, bool yes) {
+    asm volatile(
+        "{.reg .b64 state; .reg .pred p; setp.ne.u32 p,%1,0; @p mbarrier.arrive.shared::cta.b64 state,[%0];}" ::"r"(
+            bar),
+        "r"((uint32_t)yes)
+        : "memory");
+}
+
 /* Once this thread's cp.async are complete; the barrier counts it. */
 __device__ __forceinline__ void w4_barrier_arrive_after_copies(uint32_t bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
@@ -102,6 +111,13 @@ __device__ __forceinline__ uint32_t w4_turned(uint32_t line, int piece) {
     return line + ((uint32_t)(piece << 4) ^ (line >> 3 & 0x70));
 }
 
+/* One lane of a warp that is together: the compiler knows that it is one. */
+__device__ __forceinline__ bool w4_elected() {
+    uint32_t one;
+    asm volatile("{.reg .pred p; elect.sync _|p,0xffffffff; selp.u32 %0,1,0,p;}" : "=r"(one));
+    return one != 0;
+}
+
 /* The map's first use does not wait for it. */
 __device__ __forceinline__ void w4_prefetch_map(const CUtensorMap *map) {
 #if __CUDA_ARCH__ >= 900
@@ -111,24 +127,23 @@ __device__ __forceinline__ void w4_prefetch_map(const CUtensorMap *map) {
 
 /* ---- clusters: sm_90 and later */
 
-/* What the cluster's threads that have not ended have written to shared memory before is there after. */
-__device__ __forceinline__ void w4_cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 /* The others have come here: what they have loaded, they have. */
 __device__ __forceinline__ void w4_cluster_met() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* From `at` in the shared memory of the cluster's block `rank`. */
-__device__ __forceinline__ float4 w4_load_remote(uint32_t at, int rank) {
+/* To where `at` lies in the shared memory of the cluster's block `rank`, whose barrier there counts the 16 bytes. */
+__device__ __forceinline__ void w4_send(uint32_t at, uint32_t bar, int rank, float x, float y, float z, float w) {
+    asm volatile(
+        "{.reg .u32 there,counts; mapa.shared::cluster.u32 there,%0,%2; mapa.shared::cluster.u32 counts,%1,%2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there],{%3,%4,%5,%6},[counts];}" ::"r"(at),
+        "r"(bar), "r"(rank), "f"(x), "f"(y), "f"(z), "f"(w)
+        : "memory");
+}
+
+__device__ __forceinline__ float4 w4_load_sums(uint32_t at) {
     float4 v;
-    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there,%4,%5; "
-                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3},[there];}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at), "r"(rank)
-                 : "memory");
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3},[%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
     return v;
 }
 

@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
         ring.request_weights(s, ahead);
         ahead.advance(run, a.blocks, warps);
     }
-    w4_let_next_begin();
     if (a.early) w4_wait_for_previous();
+    w4_let_next_begin(); /* it may rely on what came before this kernel */
     ahead = begun;
     for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
         ring.request_x(s, ahead);

@@ -74,23 +74,17 @@ template <int N> __device__ __forceinline__ void w4_wgmma_hold(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int N> __device__ __forceinline__ void w4_wgmma_hold(uint32_t (&a)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
+}
+
 /* A warpgroup's registers a thread, out of what the block of threads began with. */
 template <int N> __device__ __forceinline__ void w4_leave_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 template <int N> __device__ __forceinline__ void w4_take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-
-/* In registers, not computed again and again. */
-__device__ __forceinline__ void w4_keep(w4_planes &of) {
-    asm volatile("" : "+r"(of.at16), "+r"(of.at8), "+r"(of.at4), "+r"(of.at2), "+r"(of.at1));
-    asm volatile("" : "+r"(of.shift2), "+r"(of.shift1));
-}
-
-/* The warpgroups that multiply. */
-template <int THREADS> __device__ __forceinline__ void w4_consumers_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
 /* Before the first product, and where registers of one have been written since. */

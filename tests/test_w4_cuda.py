@@ -127,6 +127,26 @@ def test_sizes_of_models(n: int, k: int) -> None:
             weights.check(normal(m, m, k, dtype=dtype), dtype=dtype)
 
 
+@pytest.mark.parametrize("bits", [5, 0])  # blocks of 128 and of 256 inputs
+@pytest.mark.parametrize(
+    ("n", "k", "m"),
+    [
+        (1024, 4096, 64),
+        (4096, 1024, 50),
+        (4096, 3968, 128),
+        (14336, 640, 64),
+        (14336, 512, 130),
+        (20_000, 640, 257),
+        (50_000, 256, 64),
+        (9000, 2048, 384),
+        (24_576, 384, 600),
+    ],
+)
+def test_many_rows(n: int, k: int, m: int, bits: int) -> None:
+    """Tiles that are a block's, a cluster's, cut into runs, taken in turn; of two and of four strips."""
+    Weights(n, n, k, 128, bits).check(normal(m, m, k, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_dtypes_of_out_and_bias(dtype: torch.dtype) -> None:
     weights = Weights(4, 200, 512, 64, 3)
