@@ -1,6 +1,8 @@
-/* attend.cu: kvc_attend_cuda (attend.h): checks, the job, and which kernel takes it. */
+/* attend.cu: kvc_attend_cuda (attend.h): checks, the job, and which kernel takes it: attend_kernel.cuh few queries a
+ * list, attend_rows.cuh more on devices with wgmma, attend_groups.cuh what neither serves (groups of channels, mass,
+ * little shared memory). */
 #include "attend_groups.cuh"
-#include "attend_kernel.cuh"
+#include "attend_launch.cuh"
 
 namespace {
 
@@ -13,9 +15,17 @@ int columns_of_block(int64_t columns, int head_dim) {
     return columns <= 4 ? 4 : columns <= 8 || head_dim > 128 ? 8 : 16;
 }
 
+/* The same of attend_rows. */
+int columns_of_rows(int64_t columns, int head_dim) {
+    return columns <= 16 ? 16 : columns <= 32 || head_dim > ROWS_WIDE_DIM ? 32 : 64;
+}
+
+/* Whichever kernel takes them. */
 int64_t whole_columns(int64_t columns, int head_dim) {
-    const int of_block = columns_of_block(columns, head_dim);
-    return (columns + of_block - 1) / of_block * of_block;
+    const int64_t of_block = columns_of_block(columns, head_dim), of_rows = columns_of_rows(columns, head_dim);
+    const int64_t whole = (columns + of_block - 1) / of_block * of_block;
+    const int64_t rows = (columns + of_rows - 1) / of_rows * of_rows;
+    return rows > whole ? rows : whole;
 }
 
 int blocks_of(int multiprocessors) {
@@ -74,6 +84,21 @@ cudaError_t launch(attend_job &a, int head_dim, const kvc_gpu &facts, cudaStream
     case 128: return kvc_launch_attend_128(&a, facts.multiprocessors, facts.shared_most, stream);
     default: return kvc_launch_attend_256(&a, facts.multiprocessors, facts.shared_most, stream);
     }
+}
+
+/* Several queries a list, on devices with wgmma. */
+cudaError_t launch_rows(attend_job &a, int head_dim, const kvc_gpu &facts, cudaStream_t stream) {
+    switch (head_dim) {
+    case 64: return kvc_launch_attend_rows_64(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 80: return kvc_launch_attend_rows_80(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 96: return kvc_launch_attend_rows_96(&a, facts.multiprocessors, facts.shared_most, stream);
+    case 128: return kvc_launch_attend_rows_128(&a, facts.multiprocessors, facts.shared_most, stream);
+    default: return kvc_launch_attend_rows_256(&a, facts.multiprocessors, facts.shared_most, stream);
+    }
+}
+
+bool takes_rows(int columns, const kvc_gpu &facts) {
+    return columns >= ROWS_LEAST && kvc_has_wgmma(facts) && facts.shared_most >= KVC_ATTEND_ROWS_SHARED;
 }
 
 bool serves(int head_dim, int columns, int shared_most) {
@@ -217,7 +242,8 @@ extern "C" kvc_status kvc_attend_cuda(const kvc_attend_args *args, kvc_stream st
     a.early = args->early && divided && q == 1;
     a.scale = args->scale;
     a.softcap = args->softcap;
-    error = launch(a, d, facts, (cudaStream_t)stream);
+    error = takes_rows(a.columns, facts) ? launch_rows(a, d, facts, (cudaStream_t)stream)
+                                         : launch(a, d, facts, (cudaStream_t)stream);
     if (!divided) { /* EMPTY again: another call's partial results may lie there */
         const cudaError_t cleared =
             cudaMemsetAsync(workspace + parts, 0xff, (size_t)own_division, (cudaStream_t)stream);

@@ -1,5 +1,6 @@
 /* attend_256.cu: attention for head dimension 256. */
 #include "attend_kernel.cuh"
+#include "attend_launch.cuh"
 
 cudaError_t kvc_launch_attend_256(void *job, int blocks, int shared_most, cudaStream_t stream) {
     return launch_attend<256>(*(attend_job *)job, blocks, shared_most, stream);

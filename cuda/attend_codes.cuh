@@ -47,6 +47,25 @@ __device__ __forceinline__ void codes(uint32_t (&rows)[4][2], const char *tile, 
     }
 }
 
+/* The same of token tile u only: rows r and r + 8. Below 8 bits rows r + 8 are 16 times too large. */
+template <int BITS>
+__device__ __forceinline__ void tile_codes(uint32_t &low, uint32_t &up, const char *tile, int lane, int u) {
+    const uint32_t *const words = (const uint32_t *)tile;
+    if constexpr (BITS == 2) {
+        const uint32_t w = words[2 * lane + (u >> 1)] >> 2 * (u & 1);
+        low = w & 0x03030303u, up = w & 0x30303030u;
+    } else if constexpr (BITS == 3) {
+        const uint32_t w = words[2 * lane + (u >> 1)] >> 2 * (u & 1), bit = words[64 + lane];
+        const uint32_t h = __funnelshift_l(bit, bit, 2 - u);
+        low = both<0x03030303u, 0x04040404u>(w, h), up = both<0x30303030u, 0x40404040u>(w, h);
+    } else if constexpr (BITS == 4) {
+        const uint32_t w = words[4 * lane + u];
+        low = w & 0x0f0f0f0fu, up = w & 0xf0f0f0f0u;
+    } else {
+        low = words[4 * lane + u], up = words[128 + 4 * lane + u];
+    }
+}
+
 /* The integer that `halves` takes off codes. */
 __host__ __device__ constexpr int middle_code(int bits) { return 1 << (bits - 1); }
 
@@ -77,16 +96,26 @@ template <int BITS> __device__ __forceinline__ void halves(uint32_t (&v)[4][4], 
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 v[u][j] = less<1024 + M>(__byte_perm(rows[j & 1][u], 0x64646464u, j < 2 ? 0x4240 : 0x4341));
-    } else { /* bytes are tokens 2c, 2c + 8, 2c + 1, 2c + 9: halves of 16 bits
-                hold two, of which one is wanted */
-        uint32_t rows[4][2];
-        codes<BITS, true>(rows, tile, lane);
+    } else { /* bytes are tokens 2c, 2c + 8, 2c + 1, 2c + 9: halves of 16 bits hold two, of which one is wanted */
+        constexpr uint32_t LOW = BITS == 2 ? 0x00030003u : 0x000f000fu, UP = LOW << 4;
+        uint32_t x[4][2]; /* words with both rows of a token tile, or one of each */
+        if constexpr (BITS == 3) {
+            codes<BITS, true>(x, tile, lane);
+        } else if constexpr (BITS == 2) {
+            const uint2 two = ((const uint2 *)tile)[lane];
+            x[0][0] = x[0][1] = two.x, x[1][0] = x[1][1] = two.x >> 2;
+            x[2][0] = x[2][1] = two.y, x[3][0] = x[3][1] = two.y >> 2;
+        } else {
+            const uint4 four = ((const uint4 *)tile)[lane];
+            x[0][0] = x[0][1] = four.x, x[1][0] = x[1][1] = four.y;
+            x[2][0] = x[2][1] = four.z, x[3][0] = x[3][1] = four.w;
+        }
 #pragma unroll
         for (int u = 0; u < 4; u++) {
-            v[u][0] = less<1024 + M>(pick<0x000f000fu, 0x64006400u>(rows[u][0]));
-            v[u][1] = less<64 + M>(pick<0x00f000f0u, 0x54005400u>(rows[u][1]));
-            v[u][2] = less<1024 + M>(pick<0x000f000fu, 0x64006400u>(rows[u][0] >> 8));
-            v[u][3] = less<64 + M>(pick<0x00f000f0u, 0x54005400u>(rows[u][1] >> 8));
+            v[u][0] = less<1024 + M>(pick<LOW, 0x64006400u>(x[u][0]));
+            v[u][1] = less<64 + M>(pick<UP, 0x54005400u>(x[u][1]));
+            v[u][2] = less<1024 + M>(pick<LOW, 0x64006400u>(x[u][0] >> 8));
+            v[u][3] = less<64 + M>(pick<UP, 0x54005400u>(x[u][1] >> 8));
         }
     }
 }

@@ -28,6 +28,10 @@ constexpr int DRAIN_PAGES_OF_CODES = 64; /* integers: below 2^29 then, and the d
                                             enough */
 constexpr uint32_t EMPTY = ~0u;          /* a word of a partial result that is not there yet */
 
+/* attend_rows (sm_90a) takes lists from so many queries on (8 are one pass of the other kernel, whose warps need
+ * nothing of each other); 64 of them together up to this head dimension, else 32. */
+constexpr int ROWS_LEAST = 9, ROWS_WIDE_DIM = 128;
+
 /* K or V of a page with so many bits. */
 struct alignas(16) half_facts {
     int32_t bytes;        /* 0 for bits that are no class */
@@ -63,14 +67,15 @@ struct attend_job {
  * four queries. */
 template <int D, int NQ> struct sizes {
     static constexpr int TILES = D / 16;
-    static constexpr int QT = NQ / 4;                                  /* column tiles of q */
-    static constexpr int PARTS = QT < 2 ? 1 : 2;                       /* that are looked at at once */
-    static constexpr bool INTEGER = NQ <= 8;                           /* V's codes meet integers */
-    static constexpr int VT = INTEGER ? QT : QT / 2;                   /* column tiles of sums */
-    static constexpr int PITCH = D + 8;                                /* floats of a row of sums in shared memory */
-    static constexpr int WARPS = NQ == 4 && D <= 128 ? 12 : 8;         /* that work */
-    static constexpr int THREADS = (WARPS + 4) * 32;                   /* and a warpgroup that fetches */
-    static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32; /* uint2 each */
+    static constexpr int QT = NQ / 4;                          /* column tiles of q */
+    static constexpr int PARTS = QT < 2 ? 1 : 2;               /* that are looked at at once */
+    static constexpr bool INTEGER = NQ <= 8;                   /* V's codes meet integers */
+    static constexpr int VT = INTEGER ? QT : QT / 2;           /* column tiles of sums */
+    static constexpr int PITCH = D + 8;                        /* floats of a row of sums in shared memory */
+    static constexpr int WARPS = NQ == 4 && D <= 128 ? 12 : 8; /* that work */
+    static constexpr int THREADS = (WARPS + 4) * 32;           /* and a warpgroup that fetches */
+    static constexpr int QUERIES = NQ, PARTS_OF_BLOCK = WARPS, WORKING_THREADS = WARPS * 32; /* of merge_list */
+    static constexpr int CODE_FRAGMENTS = QT * ((TILES + 1) / 2) * 32;                       /* uint2 each */
     static constexpr int HALF_FRAGMENTS = QT * TILES * 32;
     static constexpr int SUMS_BYTES = WARPS * NQ * PITCH * 4;
     static constexpr int ITEMS = NQ * D / 4;                                       /* of a merge: four channels */

@@ -14,6 +14,7 @@
  * relative to the weights' unit. */
 #pragma once
 #include "attend_codes.cuh"
+#include "attend_list.cuh"
 #include "attend_ring.cuh"
 
 namespace {
@@ -79,34 +80,6 @@ template <int D, int NQ> struct worker {
                 for (int j = 0; j < 4; j++) sum[i][v][j] = 0;
     }
 
-    /* ---- scales */
-
-    /* Scales and zeros of this lane's tokens; `scales` is what follows a half's codes. */
-    template <bool PLAIN>
-    __device__ __forceinline__ void steps(float (&scale)[8], float (&zero)[8], const char *scales) const {
-        if (PLAIN || (!a.e5m3 && a.zero_point)) {
-            half2 pairs[8];
-#pragma unroll
-            for (int j = 0; j < 8; j++) pairs[j] = ((const half2 *)scales)[token(j)];
-#pragma unroll
-            for (int j = 0; j < 8; j++) scale[j] = __low2float(pairs[j]), zero[j] = __high2float(pairs[j]);
-        } else {
-            const int bytes = (a.e5m3 ? 1 : 2) * (a.zero_point ? 2 : 1);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const char *at = scales + token(j) * bytes;
-                const uint32_t word = bytes == 1 ? *(const uint8_t *)at : *(const uint16_t *)at;
-                zero[j] = 0;
-                if (a.e5m3) {
-                    scale[j] = __uint_as_float((word & 0xff) << 20) * 0x1p112f;
-                    if (a.zero_point) zero[j] = scale[j] * (float)(int8_t)(word >> 8) * 0.125f;
-                } else {
-                    scale[j] = __half2float(__ushort_as_half((uint16_t)word));
-                }
-            }
-        }
-    }
-
     /* ---- K */
 
     /* What is taken off logits at once: with a cap nothing. */
@@ -160,7 +133,7 @@ template <int D, int NQ> struct worker {
     template <bool PLAIN>
     __device__ __forceinline__ void scale_products(float (&x)[QT][8], const char *scales, int bits) const {
         float scale[8], zero[8];
-        steps<PLAIN>(scale, zero, scales);
+        steps<PLAIN>(scale, zero, a, scales, r);
         const float middle = -0.5f * (float)((1 << bits) - 1);
         const float up = bits < 8 ? 1.0f / 16 : 1.0f; /* of rows r + 8 */
         const float odd = bits == 2 ? 0.25f : 1.0f;   /* of odd token tiles */
@@ -251,24 +224,8 @@ template <int D, int NQ> struct worker {
 #pragma unroll
             for (int t = 0; t < QT; t++)
 #pragma unroll
-                for (int j = 0; j < 8; j++) { /* x is 2 log2 e times logit / cap; tanh by one power, or its series */
-                    const float size = fabsf(x[t][j]), power = exp2_of(fminf(size, 64.0f));
-                    const float y = size * (0.5f / LOG2E), square = y * y;
-                    const float series = y * fmaf(square, fmaf(square, 2.0f / 15, -1.0f / 3), 1.0f);
-                    const float tanh = y < 0.1f ? series : 1.0f - 2.0f / (power + 1.0f);
-                    if (size < INFINITY) x[t][j] = copysignf(tanh, x[t][j]) * (a.softcap * LOG2E);
-                    x[t][j] -= shift[t];
-                }
+                for (int j = 0; j < 8; j++) x[t][j] = capped(x[t][j], a.softcap) - shift[t];
         }
-    }
-
-    /* Tokens in pages behind page `page` of the list, up to a few more than a query can miss. */
-    __device__ __forceinline__ int tokens_behind(int list, int page, int tokens) const {
-        if (page >= tail_page) return tail_tokens - 16 * (page - tail_page) - tokens;
-        int behind = tail_tokens;
-        for (int i = page + 1; i < tail_page && behind < a.q; i++)
-            behind += a.table[(int64_t)list * a.capacity + i].tokens;
-        return behind;
     }
 
     __device__ __forceinline__ void mask(float (&x)[QT][8], int tokens, int behind) const {
@@ -479,18 +436,6 @@ template <int D, int NQ> struct worker {
         }
     }
 
-    /* Two 16-bit floats each: the numbers rounded, and what that leaves. */
-    static __device__ __forceinline__ void split(uint32_t &rounded, uint32_t &rest, float x, float y, bool brain) {
-        if (brain) {
-            rounded = bfloat2_bits(x, y);
-            rest = bfloat2_bits(x - __uint_as_float(rounded << 16), y - __uint_as_float(rounded & 0xffff0000u));
-        } else {
-            rounded = half2_bits(x, y);
-            const half2 both = __halves2half2(__ushort_as_half((uint16_t)rounded), __ushort_as_half(rounded >> 16));
-            rest = half2_bits(x - __low2float(both), y - __high2float(both));
-        }
-    }
-
     /* As code_values, of 16-bit values. */
     template <int P> __device__ __forceinline__ void half_values(float (&x)[QT][8]) {
         using C = piece<16, P>;
@@ -566,7 +511,7 @@ template <int D, int NQ> struct worker {
 #pragma unroll
             for (int p = 0; p < (QT == PARTS ? 1 : LAST + 1); p++) copies.release();
         const char *at = values_arrived();
-        steps<true>(scale, zero, at + CODES);
+        steps<true>(scale, zero, a, at + CODES, r);
         code_values(x, scale, zero, at, BITS);
     }
 
@@ -585,7 +530,7 @@ template <int D, int NQ> struct worker {
     __device__ __forceinline__ page_note pages(const page_note &note) {
         const int k_bits = note.kind & 0xff, v_bits = note.kind >> 8 & 0xff, tokens = note.kind >> 16 & 0xff;
         const bool tail = k_bits == 16 && v_bits == 16;
-        const int behind = a.q > 1 ? tokens_behind(note.list, note.page, tokens) : 0;
+        const int behind = a.q > 1 ? tokens_behind(a, tail_page, tail_tokens, note.list, note.page, tokens) : 0;
         const bool seen = tokens == (tail ? 16 : 64) && (a.q == 1 || behind >= a.q);
         if (seen && k_bits == v_bits && !tail && a.plain) {
             switch (k_bits) {
@@ -622,7 +567,7 @@ template <int D, int NQ> struct worker {
         if (v_bits < 16) {
             const char *at = values_arrived();
             float scale[8], zero[8];
-            steps<false>(scale, zero, at + a.halves[v_bits].last_codes);
+            steps<false>(scale, zero, a, at + a.halves[v_bits].last_codes, r);
             code_values(x, scale, zero, at, v_bits);
         } else if (tail) {
             half_values<16>(x);

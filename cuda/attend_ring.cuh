@@ -1,15 +1,14 @@
 /* attend_ring.cuh: pieces of pages on their way from the arena into shared memory. Four warps of a block fetch for
- * the others: a lane for each of these walks through its pages and requests their pieces, in the order in which they
+ * the others: a lane for each reader walks through its pages and requests their pieces, in the order in which they
  * are worked on, as slots of its ring are given back. (Four, because barriers and bulk copies take lanes one by one.)
  * By bulk copies on sm_90 and later, by cp.async before. */
 #pragma once
 #include "attend_job.cuh"
+#include "hopper.cuh"
 
 namespace {
 
 constexpr int NO_LIST = 0x7fffffff;
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* What lies in the slot, and behind it where a page has several pieces. */
 struct page_note {
@@ -22,18 +21,6 @@ struct page_note {
 struct page_entry {
     uint2 pair[2];
     int32_t list, page, which, spare;
-};
-
-/* Shared memory of a block's rings: (WARPS, slots) each, entries (WARPS, AHEAD). */
-struct rings {
-    char *slots;
-    uint64_t *full, *empty;
-    page_note *notes;
-    page_entry *entries;
-    int count; /* slots of a warp */
-
-    static constexpr int SLOT_BYTES = SLOT + 2 * (int)sizeof(uint64_t) + (int)sizeof(page_note);
-    static constexpr int WARP_BYTES = AHEAD * (int)sizeof(page_entry);
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -49,6 +36,32 @@ constexpr int RELEASES = 32;
 #else
 constexpr int RELEASES = 1;
 #endif
+
+/* Shared memory of a block's rings: (READERS, slots) each, entries (READERS, AHEAD). A reader is a warp or a warpgroup.
+ */
+struct rings {
+    char *slots;
+    uint64_t *full, *empty;
+    page_note *notes;
+    page_entry *entries;
+    int count; /* slots of a reader */
+
+    static constexpr int SLOT_BYTES = SLOT + 2 * (int)sizeof(uint64_t) + (int)sizeof(page_note);
+    static constexpr int READER_BYTES = AHEAD * (int)sizeof(page_entry);
+
+    /* Makes a reader of so many warps its barriers; by one thread. */
+    __device__ __forceinline__ void begin(int reader, int warps) const {
+#pragma unroll 1
+        for (int i = reader * count; i < (reader + 1) * count; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(full + i)), "n"(ARRIVALS));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(empty + i)),
+                         "r"(warps * RELEASES));
+        }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;");
+#endif
+    }
+};
 
 __device__ __forceinline__ void arrive(const uint64_t *bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(shared_address(bar)) : "memory");
@@ -83,16 +96,16 @@ template <int THREADS> __device__ __forceinline__ void rings_are_ready(bool wait
         asm volatile("bar.arrive 2,%0;" ::"n"(THREADS) : "memory");
 }
 
-/* The working warp's end of its ring. */
+/* A working warp's end of its ring, which it may share with the others of its warpgroup. */
 struct ring {
     const char *slots;
     const uint64_t *full, *empty;
     const page_note *notes;
     int count, slot, phase; /* slot: of the piece that is worked on next */
 
-    __device__ __forceinline__ ring(const rings &all, int warp)
-        : slots(all.slots + warp * all.count * SLOT), full(all.full + warp * all.count),
-          empty(all.empty + warp * all.count), notes(all.notes + warp * all.count), count(all.count), slot(0),
+    __device__ __forceinline__ ring(const rings &all, int reader)
+        : slots(all.slots + reader * all.count * SLOT), full(all.full + reader * all.count),
+          empty(all.empty + reader * all.count), notes(all.notes + reader * all.count), count(all.count), slot(0),
           phase(0) {}
 
     /* The next piece, which has arrived. */
@@ -101,7 +114,7 @@ struct ring {
     /* The piece `ahead` of the next one, once it has arrived. */
     __device__ __forceinline__ const char *arrived(int ahead = 0) const {
         int at = slot + ahead, parity = phase;
-        if (at >= count) at -= count, parity ^= 1;
+        if (ahead && at >= count) at -= count, parity ^= 1;
         pass(full + at, parity);
         return slots + at * SLOT;
     }
@@ -121,12 +134,13 @@ struct ring {
     }
 };
 
-/* A fetching warp's; its first lanes serve a working warp each. */
-template <int WARPS> struct fetcher {
+/* A fetching warp's; its first lanes serve a reader each: a working warp or, GROUPS, a working warpgroup. */
+template <int READERS, bool GROUPS = false> struct fetcher {
     const attend_job &a;
     const rings &all;
-    static constexpr int LANES = WARPS / 4;
-    const int served; /* the working warp */
+    static constexpr int LANES = (READERS + 3) / 4;
+    static constexpr bool ALONE = GROUPS && LANES == 1; /* a warp's only one */
+    const int served;                                   /* the reader */
     uint64_t policy;
     page_entry *entries;
     uint64_t *full, *empty;
@@ -175,11 +189,13 @@ template <int WARPS> struct fetcher {
         to->list = list, to->page = page, to->which = which;
     }
 
+    static __device__ __forceinline__ bool serves(int reader) { return READERS % 4 == 0 || reader < READERS; }
+
     /* The entry that the division has for this lane; of no tokens: it has none. */
     static __device__ __forceinline__ kvc_page first_entry(const attend_job &a, int block, int which) {
-        static_assert(WARPS <= KVC_DIVIDE_ENTRIES, "a page a lane");
+        static_assert(READERS <= KVC_DIVIDE_ENTRIES, "a page a lane");
         const int lane = threadIdx.x & 31;
-        if (lane >= LANES) return kvc_page{};
+        if (lane >= LANES || !serves(which * LANES + lane)) return kvc_page{};
         return a.first_entries[block * KVC_DIVIDE_ENTRIES + which * LANES + lane];
     }
 
@@ -217,7 +233,7 @@ template <int WARPS> struct fetcher {
             loose = true;
     }
 
-    __device__ __forceinline__ void step() { pushed++, page += WARPS, next += WARPS; }
+    __device__ __forceinline__ void step() { pushed++, page += READERS, next += READERS; }
 
     /* Asks for further entries; true where the walk goes on only after the kernel before. */
     __device__ __forceinline__ bool push() {
@@ -272,7 +288,8 @@ template <int WARPS> struct fetcher {
         ready = first = true;
     }
 
-    /* The page's next piece. V's come last first: its scales are wanted before its codes. */
+    /* The page's next piece. V's come last first: its scales are wanted before its codes. A warpgroup takes several of
+     * 16 bits together, which have no scales: theirs come in order. */
     __device__ __forceinline__ void turn() {
         ready = true, first = false;
         if (pieces == 2) {
@@ -281,7 +298,9 @@ template <int WARPS> struct fetcher {
             from += k.step;
             bytes = place == k.pieces - 1 ? k.bytes - place * k.step : k.step;
         } else {
-            const int i = place - k.pieces, which = i == 0 ? v.pieces - 1 : i - 1;
+            const int i = place - k.pieces;
+            const bool in_order = GROUPS && (note.kind >> 8 & 0xff) == 16;
+            const int which = in_order ? i : i == 0 ? v.pieces - 1 : i - 1;
             from = value + which * v.step;
             bytes = which == v.pieces - 1 ? v.bytes - which * v.step : v.step;
         }
@@ -336,7 +355,7 @@ template <int WARPS> struct fetcher {
     template <int THREADS> __device__ __forceinline__ void fetch(const kvc_run &run, const kvc_page &given) {
         end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
         last_page = run.end_page > 0 ? run.end_page : NO_LIST;
-        bool done = (threadIdx.x & 31) >= LANES;
+        bool done = (threadIdx.x & 31) >= LANES || !serves(served);
         const bool knows = given.tokens > 0; /* so the first page waits for the division alone */
         int fixed = 0;                       /* asked for here, looked at behind those copies */
         if (knows) {
@@ -357,7 +376,10 @@ template <int WARPS> struct fetcher {
         if (knows) stop = min(min(end_page, fixed), a.capacity);
 #pragma unroll 1
         while (!__all_sync(ALL, done)) {
-            const bool go = ready && has_passed(empty + fill, parity);
+            /* A lane alone in its warp sleeps at the barrier: asking again and again takes issue slots from the working
+             * warps. */
+            if (ALONE && ready) pass(empty + fill, parity);
+            const bool go = ready && (ALONE || has_passed(empty + fill, parity));
             const bool last = go && bytes == 0;
             request(go);
             done = done || last;

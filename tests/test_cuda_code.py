@@ -16,6 +16,7 @@ BSR = """
 void *kernels[] = {(void *)bsr_wgmma_kernel<128, 4, true, false>, (void *)bsr_wgmma_kernel<64, 2, true, true>,
                    (void *)bsr_wgmma_kernel<32, 1, false, true>};
 """
+NAMES = ["w4_large_half", "w4_large_bfloat", "score", "attend_rows_80", "attend_rows_128", "attend_rows_256"]
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -29,7 +30,7 @@ def said(source: Path, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["w4_large_half", "w4_large_bfloat", "score"])
+@pytest.mark.parametrize("name", NAMES)
 def test_wgmma_is_not_serialized(name: str, tmp_path: Path) -> None:
     text = said(ROOT / "cuda" / f"{name}.cu", tmp_path)
     assert "Compiling entry function" in text

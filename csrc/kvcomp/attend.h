@@ -14,8 +14,9 @@
  * Bound against fp64 on the unpacked values: |error| <= max|v| * (2e-6 * (1 + ln tokens) + 2e-8 * scale * |q| |k|) for
  * fp32 queries and output; half a unit of the output's type on top otherwise.
  * CUDA: K's codes times q in 16-bit fixed point, p times V's scale in fp16, sums in fp32 that are emptied every 512
- * tokens a warp; for fp32 output the root mean square of the error over a head's channels is at most 1e-3 of the
- * exact output's, and a single channel's error at most 5e-3 of that.
+ * tokens a warp (more than 8 queries a list, sm_90a: every 1024 a warpgroup); for fp32 output the root mean square of
+ * the error over a head's channels is at most 1e-3 of the exact output's, and a single channel's error at most 5e-3 of
+ * that.
  * Deterministic for one device; the order of sums depends on its number of multiprocessors and on the division. Errors:
  * ESHAPE (query heads that are no multiple of the KV heads, too), EDTYPE, EINVAL, ENOTSUP (head_dim). Workspace:
  * kvc_attend_workspace bytes, 64-aligned; CUDA: kvc_attend_workspace_cuda bytes that are 0xFF before the first call,

@@ -1,0 +1,6 @@
+/* attend_rows_80.cu: attention of several queries a list for head dimension 80. */
+#include "attend_rows.cuh"
+
+cudaError_t kvc_launch_attend_rows_80(void *job, int blocks, int shared_most, cudaStream_t stream) {
+    return launch_rows<80>(*(attend_job *)job, blocks, shared_most, stream);
+}
