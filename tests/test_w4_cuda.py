@@ -143,7 +143,7 @@ def test_sizes_of_models(n: int, k: int) -> None:
     ],
 )
 def test_many_rows(n: int, k: int, m: int, bits: int) -> None:
-    """Tiles that are a block's, a cluster's, cut into runs, taken in turn; of two and of four strips."""
+    """Sizes of the kinds that w4_large.cuh plans differently: few tiles, as many as blocks, some more, many."""
     Weights(n, n, k, 128, bits).check(normal(m, m, k, dtype=torch.float16))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import pickle
 import threading
@@ -225,6 +226,16 @@ def test_any_order_and_any_x() -> None:
             assert torch.equal(layers[i](given), alone(layers[i], given))
 
 
+def test_what_a_caller_changes_is_its_own() -> None:
+    found = attention(make("Llama"))
+    x = rows_of()
+    for _ in range(2):
+        for layer in (found.q_proj, found.k_proj, found.k_proj, found.v_proj):
+            got = layer(x)
+            assert torch.equal(got, alone(layer, x))
+            got.mul_(2)
+
+
 def test_what_changed_between_the_calls_counts() -> None:
     found = attention(make("Qwen2"))
     q, k, v = found.q_proj, found.k_proj, found.v_proj
@@ -352,6 +363,19 @@ def test_which_layers_are_stacked(block: Any, name: str, stacks: int) -> None:
     x = rows_of(dtype=torch.float32)
     for layer in (found.q_proj, found.k_proj, found.v_proj):
         assert torch.equal(layer(x), alone(layer, x))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("q_proj", "k_proj", "v_proj"))))
+def test_moved_in_any_order(order: tuple[str, ...]) -> None:
+    """As OPT's, whose queries are its last layer."""
+    block = torch.nn.Module()
+    for name in order:
+        setattr(block, name, torch.nn.Linear(128, 64, bias=False))
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"attn": block})])})
+    assert quantize_model(model, "all").stacks == 1
+    before = storage_bytes(model)
+    model._apply(torch.clone)  # as a move is
+    assert report(model).stacks == 1 and storage_bytes(model) == before
 
 
 def test_a_layer_of_two_modules_is_not_stacked() -> None:

@@ -79,9 +79,10 @@ typedef struct {
  * follow each other; their products follow each other in the rows of out, and their biases in bias. Bound against fp64,
  * with S = sum |x| |q s| of an element: 2^-20 * S, and half a unit of the output's type. CUDA, more than 32 rows of x:
  * 2^-16 * S, and q * s is rounded to x's type first, 2^-12 * S (fp16) or 2^-9 * S (bf16; scales of more than 7 mantissa
- * bits twice that) more; nothing where x's type has the bits: fp16 up to E5M7, bf16 up to E5M4. CPU: where the
- * processor multiplies pairs of bf16 (AVX512-BF16), an x of bf16 below 2^-126 counts as 0 in products of five and more
- * rows. Deterministic for one device. Errors: ESHAPE, EDTYPE, EINVAL.
+ * bits twice that) more; nothing where x's type has the bits: fp16 up to E5M5, bf16 up to E5M4 (fp16 beyond, and fp16
+ * scales: 2^(exponent-21) of a weight more, where q * s / 16 is subnormal). CPU: where the processor multiplies pairs
+ * of bf16 (AVX512-BF16), an x of bf16 below 2^-126 counts as 0 in products of five and more rows. Deterministic for one
+ * device. Errors: ESHAPE, EDTYPE, EINVAL.
  */
 typedef struct {
     kvc_tensor out;       /* out (m,n) float32 | float16 | bfloat16, last axis contiguous */

@@ -29,7 +29,7 @@ _OTHER_X = ("cross", "encoder_attn")  # in the path of modules whose keys and va
 
 class _Hand(threading.local):
     """The product whose parts have not all been taken, one at most: (x, product, outputs of each layer, their (weight,
-    bias, exponent), how all that was then)."""
+    bias, exponent), how all that was then, the first layer whose part may be taken)."""
 
     open: tuple[Any, ...] | None = None
 
@@ -41,7 +41,7 @@ class _TracedHand:
 
 
 _plain, _traced = _Hand(), _TracedHand()
-# The first layer of the stack whose last one this is.
+# The first layer of the stack that a layer is of.
 _firsts: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[SharedScaleLinear]] = weakref.WeakKeyDictionary()
 
 
@@ -73,15 +73,16 @@ def stacked(model: torch.nn.Module) -> int:
 
 
 def restored(layer: SharedScaleLinear) -> None:
-    """A layer, if it is the first of a stack, is found from the last one, and what they hold is one buffer: after it
-    was made, copied or pickled, which keeps no views."""
+    """A layer, if it is the first of a stack, is found from all of it, and what they hold is one buffer: after it was
+    made, copied or pickled, which keeps no views."""
     if layer.stack_siblings:
-        _firsts[layer.stack_siblings[-1]] = weakref.ref(layer)
+        for each in _layers(layer):
+            _firsts[each] = weakref.ref(layer)
         _settle(_layers(layer))
 
 
 def moved(layer: SharedScaleLinear) -> None:
-    """What a stack's layers hold is one buffer again, once the last of them is where the others are."""
+    """What a stack's layers hold is one buffer again, once all of them are in one place, whichever comes last."""
     found = _firsts.get(layer)
     first = None if found is None else found()
     if first is not None:
@@ -115,7 +116,8 @@ def _open(hand: Any, layer: SharedScaleLinear, given: Any, x: torch.Tensor, trac
     if out is None:
         return None
     held = list(zip(weights, biases or [None] * len(rows), exponents, strict=True))
-    hand.open = given, out, rows, held, None if tracing else (_moment(given), [_versions(*each) for each in held])
+    before = None if tracing else (_moment(given), [_versions(*each) for each in held])
+    hand.open = given, out, rows, held, before, 1
     return out.narrow(-1, 0, rows[0])
 
 
@@ -123,16 +125,16 @@ def _take(hand: Any, layer: SharedScaleLinear, given: Any, x: torch.Tensor, trac
     rank = layer.stack_rank
     if rank is None or hand.open is None:
         return None
-    of, out, rows, held, before = hand.open
-    if of is not given or out.dtype != x.dtype or rank >= len(rows):
+    of, out, rows, held, before, due = hand.open
+    # A part is given once: whoever has it may change it.
+    if of is not given or out.dtype != x.dtype or not due <= rank < len(rows):
         return None
     weight, bias, exponent = held[rank]
     if weight is not layer.weight or bias is not layer.bias or exponent != layer.exponent:
         return None
     if not tracing and (before[0] != _moment(given) or before[1][rank] != _versions(*held[rank])):
         return None
-    if rank == len(rows) - 1:
-        hand.open = None
+    hand.open = None if rank == len(rows) - 1 else (of, out, rows, held, before, rank + 1)
     return out.narrow(-1, sum(rows[:rank]), rows[rank])  # type: ignore[no-any-return]
 
 
