@@ -17,7 +17,7 @@
 #include "w4_job.cuh"
 #include "w4_map.cuh"
 #include "w4_ptx.cuh"
-#include "w4_wgmma.cuh"
+#include "wgmma_registers.cuh"
 
 namespace {
 
@@ -158,11 +158,6 @@ template <> struct w4_scaled<__nv_bfloat16> {
         }
     }
 };
-
-/* [rows][64 inputs] of 16 bits with a swizzle of 128 bytes, at a multiple of 1024 bytes. */
-__device__ __forceinline__ uint64_t w4_descriptor(uint32_t at) {
-    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
 
 /* Of a block's items, in order: steps, and the stages that they come in. All of it is the same in all lanes. */
 struct w4_walk {
@@ -401,7 +396,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
     if (threadIdx.x == 0 && plan.split > 1) w4_expect(sent, w4_sent_bytes<TALL, COLUMNS>(plan.split, blockIdx.x));
     if (!a.early) w4_wait_for_previous();
     if (group == TALL) {
-        w4_leave_registers<TALL == 2 ? 40 : 32>();
+        registers_give<TALL == 2 ? 40 : 32>();
         const int role = w4_uniform(warp);
         if (role == 0)
             a.inputs == STEP ? w4_copy_weights<TALL, COLUMNS, false>(a, plan, base, full, empty)
@@ -413,7 +408,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
                                                    lane);
         return;
     }
-    w4_take_registers<TALL == 2 ? 232 : 112>();
+    registers_take<TALL == 2 ? 232 : 112>();
     if (a.early) w4_wait_for_previous(); /* out and the workspace are written below */
     const uint32_t codes = base + X + group * STRIP + (threadIdx.x & 127) * 16;
     const uint32_t scales = pairs + group * (PAIRS / TALL) + (lane >> 2) * 16 + warp * 4;
@@ -424,7 +419,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
         float acc[SUMS];
 #pragma unroll
         for (int i = 0; i < SUMS; i++) acc[i] = 0.0f;
-        w4_wgmma_hold(acc);
+        hold(acc);
         int held = -1; /* the stage whose products may still run */
         uint32_t numbers[2][BATCH][4];
         w4_fragment<GROUP> part;
@@ -432,14 +427,14 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
         part.load(codes + slot * BYTES, scales + slot * PAIRS, 0);
 #pragma unroll 1
         for (int step = from; step < to; step++) {
-            const uint64_t x = w4_descriptor(base + slot * BYTES);
+            const uint64_t x = descriptor(base + slot * BYTES, 16, 1024, SWIZZLE_128);
             const int now = slot;
             if (++slot == plan.stages) slot = 0, parity ^= 1;
             uint32_t scale[w4_fragment<GROUP>::GROUPS][2];
 #pragma unroll
             for (int batch = 0; batch < BATCHES; batch++) {
                 const int chunk = batch * BATCH / 4, first = batch * BATCH % 4;
-                w4_wgmma_wait<1>(); /* the batch before the last has read its numbers and x */
+                wgmma_wait<1>(); /* the batch before the last has read its numbers and x */
                 if (batch == 1) {
                     w4_barrier_arrive_if(empty + 8 * held, held >= 0 && lane == 0);
                     held = now;
@@ -451,14 +446,14 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
                 for (int i = 0; i < BATCH; i++) {
                     w4_scaled<T>::numbers(numbers[batch & 1][i], part.word[first + i],
                                           scale[GROUP == 32 ? (first + i) >> 1 : 0]);
-                    w4_wgmma_hold(numbers[batch & 1][i]);
+                    hold(numbers[batch & 1][i]);
                 }
-                w4_wgmma_fence();
+                wgmma_begin();
 #pragma unroll
                 for (int i = 0; i < BATCH; i++)
-                    w4_wgmma(acc, numbers[batch & 1][i], x + (chunk * (X / 2) + (first + i) * 32) / 16,
-                             (const T *)nullptr);
-                w4_wgmma_commit();
+                    wgmma_halves<w4_type<T>::DTYPE == KVC_BFLOAT16>(acc, numbers[batch & 1][i],
+                                                                    x + (chunk * (X / 2) + (first + i) * 32) / 16);
+                wgmma_commit();
                 /* What comes next is loaded behind products. */
                 if (batch == BATCHES / 2 - 1) part.load(codes + now * BYTES, scales + now * PAIRS, 1);
                 if (batch == BATCHES - 1 && step + 1 < to) {
@@ -468,8 +463,8 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
             }
         }
         next_slot = slot, next_parity = parity;
-        w4_wgmma_wait<0>();
-        w4_wgmma_hold(acc);
+        wgmma_wait<0>();
+        hold(acc);
         __syncwarp();
         if (lane == 0) w4_barrier_arrive(empty + 8 * held);
         int n_tile, m_tile;

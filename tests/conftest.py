@@ -1,9 +1,10 @@
-"""Skips tests marked gpu where no GPU can be used, and says why."""
+"""Skips tests marked gpu where no GPU can be used, and says why; fixtures of several files."""
 
 from __future__ import annotations
 
 import functools
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,3 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=str(why_no_gpu())))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products are as fast, and a busy machine does not hold them up at every barrier."""
+    import torch
+    from kvcomp import _C
+
+    before = torch.get_num_threads(), _C.threads()
+    torch.set_num_threads(1)
+    _C.set_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    _C.set_threads(before[1])

@@ -20,6 +20,8 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = [(d, group) for d in HEAD_DIMS for group in range(16, d + 1, 16) if d % group == 0]
 FLOAT16, BFLOAT16 = 1, 2  # kvc_dtype
 FP16, E5M3 = 0, 1  # kvc_step
+# Layouts: every combination once of zero point, 16-bit type, type of the scales.
+LAYOUTS = [(1, FLOAT16, FP16), (0, BFLOAT16, FP16), (1, BFLOAT16, E5M3), (0, FLOAT16, E5M3)]
 UNIT = 128
 PAGES, TAIL_PAGE, TAIL_TOKENS, TOKENS = range(4)  # columns of kvc_list
 
@@ -33,6 +35,10 @@ Rows = Callable[[tuple[int, ...], torch.Generator], tuple[torch.Tensor, torch.Te
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     keys, values = (torch.randn(shape, generator=generator, device=generator.device) for _ in range(2))
     return keys, values
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def queries_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> torch.Tensor:

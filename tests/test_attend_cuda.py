@@ -19,6 +19,7 @@ from reference_torch import (  # noqa: E402
     FP16,
     GROUPS,
     HEAD_DIMS,
+    LAYOUTS,
     TAIL_TOKENS,
     TOKENS,
     UNIT,
@@ -27,6 +28,7 @@ from reference_torch import (  # noqa: E402
     assert_near,
     mixed,
     queries_of,
+    same_bits,
     uniform,
 )
 
@@ -37,13 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-# Layouts: every combination once of zero point, 16-bit type, type of the scales.
-LAYOUTS = [(1, FLOAT16, FP16), (0, BFLOAT16, FP16), (1, BFLOAT16, E5M3), (0, FLOAT16, E5M3)]
 LONG = 1 << 17
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def device_of(cache: Cache) -> str:

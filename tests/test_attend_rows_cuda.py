@@ -14,15 +14,16 @@ from reference_torch import (  # noqa: E402
     BFLOAT16,
     BITS,
     CLASSES,
-    E5M3,
     FLOAT16,
     FP16,
     HEAD_DIMS,
+    LAYOUTS,
     Cache,
     Page,
     assert_near,
     mixed,
     queries_of,
+    same_bits,
     uniform,
 )
 
@@ -33,14 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-LAYOUTS = [(1, FLOAT16, FP16), (0, BFLOAT16, FP16), (1, BFLOAT16, E5M3), (0, FLOAT16, E5M3)]
 LONG = 1 << 17
 # Query heads of a KV head, and new tokens: 9 to 64 queries a list, and more than a block takes at once.
 SHAPES = [(9, 1), (5, 2), (4, 4), (1, 17), (4, 8), (3, 11), (8, 8), (5, 13), (8, 9), (8, 20)]
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def ragged() -> list[list[Page]]:

@@ -51,16 +51,16 @@ def test_a_serialized_product_is_remarked_on(tmp_path: Path) -> None:
     source = tmp_path / "kernels.cu"
     source.write_text(
         """
-#include "w4_wgmma.cuh"
+#include "wgmma_registers.cuh"
 __global__ void kernel(float *out, uint32_t at, uint32_t word, int n) {
     float d[32] = {};
     const uint32_t a[4] = {word, word, word, word};
     for (int k = 0; k < n; k++) {
-        w4_wgmma_fence();
-        w4_wgmma(d, a, at, (const __half *)nullptr);
+        wgmma_begin();
+        wgmma_halves<false>(d, a, at);
         for (int i = 0; i < 32; i++) d[i] *= 2.0f;
-        w4_wgmma_commit();
-        w4_wgmma_wait<1>();
+        wgmma_commit();
+        wgmma_wait<1>();
     }
     for (int i = 0; i < 32; i++) out[i * 128 + threadIdx.x] = d[i];
 }

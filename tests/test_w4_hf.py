@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,14 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 import kvcomp  # noqa: E402
 from experiment_support import EXPERIMENTS  # noqa: E402
-from kvcomp import _C  # noqa: E402
 from kvcomp.w4 import SharedScaleLinear, W4Config, find_linears, quantize_model, report  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = EXPERIMENTS / "models" / "tiny-base"
 IDS = torch.randint(32, 120, (1, 48), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads(), _C.threads()
-    torch.set_num_threads(1)
-    _C.set_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    _C.set_threads(before[1])
 
 
 def load(path: Path, **arguments: Any) -> Any:

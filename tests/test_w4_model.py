@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from experiment_support import EXPERIMENTS  # noqa: E402
-from kvcomp import _C, results  # noqa: E402
+from kvcomp import results  # noqa: E402
 from kvcomp.eval.tasks import FAMILIES  # noqa: E402
 from kvcomp.experiment import tables, tables_w4  # noqa: E402
 from kvcomp.w4 import (  # noqa: E402
@@ -38,6 +37,8 @@ from kvcomp.w4 import pareto as w4_pareto  # noqa: E402
 from kvcomp.w4 import quality as w4_quality  # noqa: E402
 from kvcomp.w4.model import model_bytes  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BNB = "bitsandbytes"
 MATRIX = EXPERIMENTS / "experiment_matrix.yaml"
 TINY = EXPERIMENTS / "models" / "tiny-base"
@@ -54,17 +55,6 @@ def small(kind: str = "Llama", **changes: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products are as fast, and a busy machine does not hold them up at every barrier."""
-    before = torch.get_num_threads(), _C.threads()
-    torch.set_num_threads(1)
-    _C.set_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    _C.set_threads(before[1])
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import json
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,16 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 import kvcomp  # noqa: E402
 from experiment_support import EXPERIMENTS  # noqa: E402
-from kvcomp import _C  # noqa: E402
 from kvcomp.w4 import SharedScaleLinear, W4Config, quantize_model, report  # noqa: E402
 from kvcomp.w4 import library as w4_library  # noqa: E402
 from kvcomp.w4 import stack as w4_stack  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = EXPERIMENTS / "models" / "tiny-base"
 FORMATS = [(128, 5), (64, -1), (32, 3)]
 KINDS = ("Llama", "Qwen2", "Mistral", "Phi3")  # Qwen2: biases; Phi3: fused projections
 LAYERS = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads(), _C.threads()
-    torch.set_num_threads(1)
-    _C.set_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    _C.set_threads(before[1])
 
 
 @pytest.fixture
