@@ -18,7 +18,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import kvcomp  # noqa: E402
 from kvcomp import devices, prompt, store_cuda  # noqa: E402
 from kvcomp.hf import attention, graph, library  # noqa: E402
+from kvcomp.hf.step import overlap_options  # noqa: E402
 from kvcomp.pages import GRANULE_BYTES  # noqa: E402
+from kvcomp.w4 import quantize_model  # noqa: E402
 from test_hf_generate import GREEDY, padded  # noqa: E402
 from test_hf_models import SHAPES, build, decode, gap, tokens, whole  # noqa: E402
 
@@ -269,6 +271,25 @@ def test_compiled_layers_on_the_cpu() -> None:
     assert torch.equal(ids, expected) and (logits - plain).abs().max() <= 1e-3 * plain.std()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_compiled_kernels_overlap_where_they_can(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From sm_90 on, where torch has it; what the caller gives goes first."""
+    from torch import _inductor
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on = {"triton.enable_pdl": True} if capability >= (9, 0) else {}
+    gpu = torch.device("cuda", 0)
+    assert overlap_options(torch.device("cpu")) == {} and overlap_options(gpu) == on
+    given: list[Any] = []
+    monkeypatch.setattr(graph, "compiled_layer", lambda options: given.append(options))
+    for asked in (True, "auto", {"max_autotune": True}, {"triton.enable_pdl": False}):
+        steps = graph.Steps(None, None, 0, lambda: None, True, asked)
+        steps._layer_function(gpu)
+        assert given[-1] == on | (asked if isinstance(asked, dict) else {})
+    monkeypatch.setattr(_inductor, "list_options", lambda: ["max_autotune"])
+    assert overlap_options(gpu) == {}
 
 
 def test_compiling_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,6 +641,25 @@ def test_compiled_layers_on_the_gpu() -> None:
     (plain_ids, plain_logits), _ = generated(model, FOUR, batch, settings, compile=True, graphs=False)
     assert packing.steps.replays >= 35
     assert torch.equal(ids, plain_ids) and torch.equal(logits, plain_logits)
+
+
+@GPU
+@pytest.mark.parametrize("weights", [16, 4])
+def test_kernels_that_overlap_give_the_same(weights: int) -> None:
+    """Steps whose compiled kernels begin early are, bit by bit, those that wait: 200 tokens of a model large enough
+    for several kernels to be under way."""
+    settings = GREEDY | {"max_new_tokens": 200}
+    model = build("llama", torch.bfloat16, layers=6)
+    if weights == 4:
+        quantize_model(model, target="all")
+    model, batch = model.cuda(), cuda(padded([150, 117, 90, 20]))
+    runs = [
+        generated(model, FOUR, batch, settings, compile=compile)
+        for compile in (True, {"triton.enable_pdl": False}, {"triton.enable_pdl": True})
+    ]
+    for (ids, logits), packing in runs:
+        assert packing.steps.replays >= 190
+        assert torch.equal(ids, runs[0][0][0]) and torch.equal(logits, runs[0][0][1])
 
 
 @GPU

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from .joined import Joined
-from .step import Parts, Step, compiled_layer, step_of, stepping
+from .step import Parts, Step, compiled_layer, overlap_options, step_of, stepping
 
 Compile = bool | Literal["auto"] | dict[str, Any]
 
@@ -63,7 +63,7 @@ class Steps:
 
     forward: the model's own. graphs: record steps over caches on a GPU (KVCOMP_GRAPHS=0 in the environment: never).
     compile: compile decoder layers: True, or "auto": on a GPU, and left alone where it fails; or options of
-        torch.compile.
+        torch.compile, which go before `overlap_options`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Steps:
         ):
             return None
         parts.look()
-        compiled = self._layer_function() if compiles and parts.decoders else None
+        compiled = self._layer_function(device) if compiles and parts.decoders else None
         if compiled is not None and self._joins:
             self._join(parts)
         if packed.stacked is None:
@@ -155,9 +155,10 @@ class Steps:
     def _compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self._compile == "auto" else bool(self._compile)
 
-    def _layer_function(self) -> Callable[..., Any] | None:
+    def _layer_function(self, device: torch.device) -> Callable[..., Any] | None:
         if self._compiled is None:
-            self._compiled = compiled_layer(self._compile if isinstance(self._compile, dict) else None)
+            given = self._compile if isinstance(self._compile, dict) else {}
+            self._compiled = compiled_layer(overlap_options(device) | given)
         return self._compiled
 
     def _join(self, parts: Parts) -> None:

@@ -139,12 +139,23 @@ def _run_layer(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def compiled_layer(options: dict[str, Any] | None) -> Callable[..., Any]:
+def compiled_layer(options: dict[str, Any]) -> Callable[..., Any]:
     """torch.compile of a decoder layer's forward, of a code object of its own: how often one may be compiled anew is
     limited, and other models must not count."""
     own = types.FunctionType(_run_layer.__code__.replace(), _run_layer.__globals__, "decoder_layer")
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=options or None)
     return compiled
+
+
+def overlap_options(device: torch.device) -> dict[str, Any]:
+    """Options of torch.compile with which its kernels begin before the ones ahead of them have ended, as this package's
+    do (programmatic dependent launch, sm_90 and later); none where the device or this torch has no such thing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    from torch import _inductor  # takes long, and is loaded by what comes next anyway
+
+    name = "triton.enable_pdl"
+    return {name: True} if name in _inductor.list_options() else {}
 
 
 @contextlib.contextmanager
