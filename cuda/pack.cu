@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS, pack_blocks(TILES, GROUPS, SEARCH))
         const bool valid = token >= 0 && token < a.s;
         float x[TILES][4] = {};
         if (valid) load_row<TILES>(x, it.base + token * it.stride, a.half[it.value].dtype, a.half[it.value].vectors);
-        clamp_row<TILES>(x);
+        clamp_row(x);
         row_facts facts;
         if (a.rotation == KVC_ROTATE_HADAMARD) rotate_exactly<TILES, GROUPS>(x, facts, a.layout.zero_point);
         affine<GROUPS> scales;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, unpack_blocks(TILES))
                 for (int i = 0; i < 4; i++) x[j][i] = zero + scale * (x[j][i] - mid);
             }
         }
-        if (a.rotation == KVC_ROTATE_HADAMARD) rotate_row<TILES>(x);
+        if (a.rotation == KVC_ROTATE_HADAMARD) rotate_row(x);
         const int token = row < it.page.tokens ? it.tokens[row] : -1;
         if (token >= 0 && token < a.s)
             store_row<TILES>(it.base + token * it.stride, x, a.half[it.value].dtype, a.half[it.value].vectors);

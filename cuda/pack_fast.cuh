@@ -12,7 +12,7 @@
  */
 #pragma once
 #include "pack_lanes.cuh"
-#include "pack_stage.cuh"
+#include "pack_sixteen.cuh"
 #include "pack_steps.cuh"
 
 namespace {
@@ -23,7 +23,7 @@ template <int HALF> struct format16;
 
 template <> struct format16<KVC_BFLOAT16> {
     static constexpr uint32_t HIGH = 0x7f00; /* 2^127 */
-    static constexpr float LEAST = 0x1p-133f, SCALE = 64.0f, LARGE_FACTOR = 0x1p-100f, MOST = 0x1p127f;
+    static constexpr float LEAST = 0x1p-133f, UNITS = 64.0f, LARGE_FACTOR = 0x1p-100f, MOST = 0x1p127f;
     static __device__ float2 floats(uint32_t two) {
         return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
     }
@@ -42,7 +42,7 @@ template <> struct format16<KVC_BFLOAT16> {
 
 template <> struct format16<KVC_FLOAT16> {
     static constexpr uint32_t HIGH = 0x7800; /* 2^15 */
-    static constexpr float LEAST = 0x1p-24f, SCALE = 512.0f, LARGE_FACTOR = 0x1p-8f, MOST = 0x1p15f;
+    static constexpr float LEAST = 0x1p-24f, UNITS = 512.0f, LARGE_FACTOR = 0x1p-8f, MOST = 0x1p15f;
     static __device__ float2 floats(uint32_t two) { return __half22float2(as(two)); }
     static __device__ uint32_t twice(float value) {
         const uint32_t bits = __half_as_ushort(__float2half_rn(value));
@@ -91,8 +91,9 @@ template <int HALF, int VALUE> struct hadamard {
     }
 };
 
-/* y[n][u]: elements of channel tile 2*u (flip 0) or 2*u + 1 (flip: matrix.odd), in units of 1 / SCALE. */
-template <int TILES, int HALF, int VALUE>
+/* y[n][u]: elements of channel tile 2*u (flip 0) or 2*u + 1 (flip: matrix.odd), in units of 1 / UNITS. Without LAST
+ * they are sums and differences of such y[n][i] and y[n][i + TILES / 4]. */
+template <int TILES, int HALF, int VALUE, bool LAST = true>
 __device__ void rotate_tiles(float (&y)[2][TILES / 2][4], uint4 (&rows)[2][TILES / 2],
                              const hadamard<HALF, VALUE> &matrix, uint32_t flip) {
 #pragma unroll
@@ -118,7 +119,7 @@ __device__ void rotate_tiles(float (&y)[2][TILES / 2][4], uint4 (&rows)[2][TILES
         }
     }
 #pragma unroll
-    for (int stride = 1; stride < TILES / 2; stride *= 2)
+    for (int stride = 1; stride < (LAST ? TILES / 2 : TILES / 4); stride *= 2)
 #pragma unroll
         for (int i = 0; i < TILES / 2; i++)
             if (!(i & stride))
@@ -246,13 +247,14 @@ __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4],
 
 /* ---- one half of a page, but for the last step: words from the stage, after a barrier */
 
-/* Search keeps rotated rows in registers, where they fit; the others rotate again for each pass. */
-template <int TILES, bool SEARCH> constexpr bool HOLD = SEARCH && TILES <= 8;
+/* SCALE: the call's kvc_scale. All but sigma look at rotated rows several times, and keep them in registers, where they
+ * fit; else each pass rotates again. */
+template <int TILES, int SCALE> constexpr bool HOLD = SCALE != KVC_SCALE_SIGMA && TILES <= 8;
 
-template <int TILES, int HALF, bool SEARCH, int VALUE>
+template <int TILES, int HALF, int SCALE, int VALUE>
 __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const job &it, const int (&tokens)[2]) {
     constexpr int CHANNELS = TILES * KVC_TILE;
-    constexpr float SCALE = format16<HALF>::SCALE;
+    constexpr float UNITS = format16<HALF>::UNITS;
     const int lane = threadIdx.x & 31, tile = threadIdx.x / 32, bits = it.bits;
     const float mid = kvc_mid(bits), most = 2.0f * mid;
     const bool zero_point = a.layout.zero_point;
@@ -263,7 +265,8 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
 #pragma unroll
         for (int i = 0; i < TILES / 2; i++) rows[r][i] = tokens[r] >= 0 ? __ldcs(in + 4 * i) : make_uint4(0, 0, 0, 0);
     }
-    const bool range = SEARCH || a.scale == KVC_SCALE_MINMAX || bits >= 8;
+    constexpr bool searches = SCALE == KVC_SCALE_SEARCH;
+    const bool range = SCALE != KVC_SCALE_SIGMA || bits >= 8;
     token_facts facts;
     scale_rows<TILES, HALF>(facts, rows, !range, zero_point);
     facts.mid = tokens[lane >> 1 & 1] >= 0 ? mid : 0.0f;
@@ -272,20 +275,20 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         facts.mid = __shfl_sync(ALL, facts.mid, from);
         facts.row.factor = __shfl_sync(ALL, facts.row.factor, from);
         facts.row.first = __shfl_sync(ALL, facts.row.first, from);
-        if (SEARCH) facts.row.first_unit = __shfl_sync(ALL, facts.row.first_unit, from);
+        if (searches) facts.row.first_unit = __shfl_sync(ALL, facts.row.first_unit, from);
         if (!range) facts.row.squares = __shfl_sync(ALL, facts.row.squares, from);
     }
-    facts.row.factor *= SCALE; /* as y */
+    facts.row.factor *= UNITS; /* as y */
 
     const hadamard<HALF, VALUE> matrix(lane);
-    float held[HOLD<TILES, SEARCH> ? 2 : 1][2][TILES / 2][4];
-    if constexpr (HOLD<TILES, SEARCH>) {
+    float held[HOLD<TILES, SCALE> ? 2 : 1][2][TILES / 2][4];
+    if constexpr (HOLD<TILES, SCALE>) {
         rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, 0);
         rotate_tiles<TILES, HALF, VALUE>(held[1], rows, matrix, matrix.odd);
     }
     /* visit(odd, y) */
     const auto each_y = [&](auto visit) {
-        if constexpr (HOLD<TILES, SEARCH>) {
+        if constexpr (HOLD<TILES, SCALE>) {
             visit(0, held[0]);
             visit(1, held[1]);
         } else {
@@ -309,18 +312,36 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         float low[SLOTS<VALUE>], high[SLOTS<VALUE>];
 #pragma unroll
         for (int k = 0; k < SLOTS<VALUE>; k++) low[k] = INFINITY, high[k] = -INFINITY;
-        each_y([&](int, const float (&y)[2][TILES / 2][4]) {
+        if constexpr (HOLD<TILES, SCALE>) {
 #pragma unroll
-            for (int u = 0; u < TILES / 2; u++)
+            for (int odd = 0; odd < 2; odd++)
 #pragma unroll
-                for (int n = 0; n < 2; n++)
+                for (int u = 0; u < TILES / 2; u++)
 #pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        const int k = slot_of<VALUE>(element<VALUE>(n, c));
-                        low[k] = fminf(low[k], y[n][u][c]);
-                        high[k] = fmaxf(high[k], y[n][u][c]);
-                    }
-        });
+                    for (int n = 0; n < 2; n++)
+#pragma unroll
+                        for (int c = 0; c < 4; c++) {
+                            const int k = slot_of<VALUE>(element<VALUE>(n, c));
+                            low[k] = fminf(low[k], held[odd][n][u][c]);
+                            high[k] = fmaxf(high[k], held[odd][n][u][c]);
+                        }
+        } else {
+#pragma unroll 1
+            for (int odd = 0; odd < 2; odd++) {
+                rotate_tiles<TILES, HALF, VALUE, false>(held[0], rows, matrix, odd ? matrix.odd : 0);
+#pragma unroll
+                for (int u = 0; u < TILES / 4; u++) /* of x + y and x - y: x - |y| and x + |y| */
+#pragma unroll
+                    for (int n = 0; n < 2; n++)
+#pragma unroll
+                        for (int c = 0; c < 4; c++) {
+                            const int k = slot_of<VALUE>(element<VALUE>(n, c));
+                            const float x = held[0][n][u][c], y = fabsf(held[0][n][u + TILES / 4][c]);
+                            low[k] = fminf(low[k], x - y);
+                            high[k] = fmaxf(high[k], x + y);
+                        }
+            }
+        }
         /* No negative zeros, whatever the tensor core's are. */
         const float least = to_owner<VALUE>(low, lane, [](float a, float b) { return fminf(a, b); }) + 0.0f;
         const float greatest = to_owner<VALUE>(high, lane, [](float a, float b) { return fmaxf(a, b); }) + 0.0f;
@@ -328,8 +349,8 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
     } else {
         sigma_of_facts<TILES>(scales.scale[0], scales.zero[0], facts.row, bits, zero_point);
     }
-    if constexpr (SEARCH) {
-        const float mean = facts.row.first_unit * (1.0f / SCALE);
+    if constexpr (searches) {
+        const float mean = facts.row.first_unit * (1.0f / UNITS);
         search_start(scales.scale[0], scales.zero[0], mean, facts.row.factor, bits, CHANNELS, zero_point);
         spread_line(scales, mid);
         const float half = (float)(1 << (bits - 1));
@@ -383,39 +404,35 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         });
 }
 
-constexpr int fast_blocks(int tiles, bool search) {
-    if (search) return tiles == 4 ? 5 : tiles == 8 ? 4 : 3;
+constexpr int fast_blocks(int tiles, int scale) {
+    if (scale != KVC_SCALE_SIGMA) return tiles == 4 ? 5 : tiles == 8 ? 4 : 3;
     return tiles == 4 ? 7 : tiles == 8 ? 5 : 3;
 }
 
-template <int TILES, int HALF, bool SEARCH>
-__global__ void __launch_bounds__(THREADS, fast_blocks(TILES, SEARCH))
-    pack_fast_kernel(const __grid_constant__ call a) {
+template <int TILES, int HALF, int SCALE>
+__global__ void __launch_bounds__(THREADS, fast_blocks(TILES, SCALE)) pack_fast_kernel(const __grid_constant__ call a) {
     constexpr int HALF_STAGE = 2 * STAGE_TILES * 32 * TILES; /* words of 8-bit codes */
     __shared__ uint4 stage[2 * HALF_STAGE / 4];
     job it;
     if (!take_job(a, &it, 0)) return;
+    if (it.page_tokens == KVC_TAIL_TOKENS) {
+        pack_tail<TILES, HALF>(stage, a, it);
+        return;
+    }
+    if (it.page.k_bits == 16 || it.page.v_bits == 16) pack_sixteen_half<TILES, HALF>(stage, a, it);
     int tokens[2]; /* -1: none */
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int row = threadIdx.x / 32 * KVC_TILE + (threadIdx.x >> 2 & 7) + 8 * r;
-        tokens[r] = row < it.page.tokens ? it.tokens[row] : -1;
-        if (tokens[r] >= a.s) tokens[r] = -1;
-    }
+    for (int r = 0; r < 2; r++)
+        tokens[r] = token_of(a, it, threadIdx.x / 32 * KVC_TILE + (threadIdx.x >> 2 & 7) + 8 * r);
 #pragma unroll 1
     for (int value = 0; value < 2; value++) {
         uint32_t *own = (uint32_t *)stage + (value ? HALF_STAGE : 0);
         if (value) take_half(a, &it, 1);
-        if (it.bits == 16) {
-            if (value) __syncthreads(); /* K's words have been read */
-            pack_sixteen<TILES>(stage, a, it);
-            if (!value) __syncthreads();
-            continue;
-        }
+        if (it.bits == 16) continue;
         if (value)
-            pack_half<TILES, HALF, SEARCH, 1>(own, a, it, tokens);
+            pack_half<TILES, HALF, SCALE, 1>(own, a, it, tokens);
         else
-            pack_half<TILES, HALF, SEARCH, 0>(own, a, it, tokens);
+            pack_half<TILES, HALF, SCALE, 0>(own, a, it, tokens);
         __syncthreads();
         write_tile_words<TILES>(it.words, own, it.bits, value);
     }
@@ -436,9 +453,11 @@ bool takes_fast(const call &a) {
 
 template <int TILES, int HALF> void launch_fast(int n, const call &a, cudaStream_t stream) {
     if (a.scale == KVC_SCALE_SEARCH)
-        pack_fast_kernel<TILES, HALF, true><<<n, THREADS, 0, stream>>>(a);
+        pack_fast_kernel<TILES, HALF, KVC_SCALE_SEARCH><<<n, THREADS, 0, stream>>>(a);
+    else if (a.scale == KVC_SCALE_MINMAX)
+        pack_fast_kernel<TILES, HALF, KVC_SCALE_MINMAX><<<n, THREADS, 0, stream>>>(a);
     else
-        pack_fast_kernel<TILES, HALF, false><<<n, THREADS, 0, stream>>>(a);
+        pack_fast_kernel<TILES, HALF, KVC_SCALE_SIGMA><<<n, THREADS, 0, stream>>>(a);
 }
 
 template <int TILES> cudaError_t launch_fast(int n, const call &a, cudaStream_t stream) {

@@ -86,48 +86,47 @@ template <int TILES> __device__ void store_row(char *row, const float (&x)[TILES
 /* ---- arithmetic on rows: 4 lanes a row, in pack.h's order */
 
 /* To +-2^96, which hardly any row reaches. */
-template <int TILES> __device__ void clamp_row(float (&x)[TILES][4]) {
+template <int N, int EACH> __device__ void clamp_row(float (&x)[N][EACH]) {
     float most = 0;
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
+    for (int j = 0; j < N; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) most = fmaxf(most, fabsf(x[j][i]));
+        for (int i = 0; i < EACH; i++) most = fmaxf(most, fabsf(x[j][i]));
     if (most <= 0x1p96f) return;
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
+    for (int j = 0; j < N; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[j][i] = fminf(fmaxf(x[j][i], -0x1p96f), 0x1p96f);
+        for (int i = 0; i < EACH; i++) x[j][i] = fminf(fmaxf(x[j][i], -0x1p96f), 0x1p96f);
 }
 
-/* Hadamard sums, not yet normalized. */
-template <int TILES> __device__ void butterflies(float (&x)[TILES][4]) {
-    constexpr int BLOCK = (TILES & -TILES) * KVC_TILE;
+/* Hadamard sums, not yet normalized, of EACH neighbouring channels of every 4 * EACH. */
+template <int N, int EACH> __device__ void butterflies(float (&x)[N][EACH]) {
     /* other + own or other - own: the product with 1 or -1 is exact, so this is one rounding. */
     const float signs[2] = {threadIdx.x & 1 ? -1.0f : 1.0f, threadIdx.x & 2 ? -1.0f : 1.0f};
 #pragma unroll
-    for (int j = 0; j < TILES; j++) {
+    for (int j = 0; j < N; j++) {
 #pragma unroll
-        for (int stride = 1; stride <= 2; stride *= 2)
+        for (int stride = 1; stride < EACH; stride *= 2)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < EACH; i++)
                 if (!(i & stride)) {
                     const float a = x[j][i], b = x[j][i + stride];
                     x[j][i] = a + b;
                     x[j][i + stride] = a - b;
                 }
 #pragma unroll
-        for (int stride = 1; stride <= 2; stride *= 2) /* of lanes: 4 and 8 channels */
+        for (int stride = 1; stride <= 2; stride *= 2) /* of lanes: EACH and 2 * EACH channels */
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < EACH; i++)
                 x[j][i] = __fmaf_rn(x[j][i], signs[stride - 1], __shfl_xor_sync(ALL, x[j][i], stride));
     }
 #pragma unroll
-    for (int stride = 1; stride < BLOCK / KVC_TILE; stride *= 2)
+    for (int stride = 1; stride < (N & -N); stride *= 2)
 #pragma unroll
-        for (int j = 0; j < TILES; j++)
+        for (int j = 0; j < N; j++)
             if (!(j & stride))
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < EACH; i++) {
                     const float a = x[j][i], b = x[j + stride][i];
                     x[j][i] = a + b;
                     x[j + stride][i] = a - b;
@@ -137,13 +136,13 @@ template <int TILES> __device__ void butterflies(float (&x)[TILES][4]) {
 /* 1 / sqrt(channels of a Hadamard block). */
 template <int TILES> __device__ float block_norm() { return 1.0f / sqrtf((float)((TILES & -TILES) * KVC_TILE)); }
 
-template <int TILES> __device__ void rotate_row(float (&x)[TILES][4]) {
-    butterflies<TILES>(x);
-    const float norm = block_norm<TILES>();
+template <int N, int EACH> __device__ void rotate_row(float (&x)[N][EACH]) {
+    butterflies(x);
+    const float norm = block_norm<N * EACH / 4>();
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
+    for (int j = 0; j < N; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[j][i] *= norm;
+        for (int i = 0; i < EACH; i++) x[j][i] *= norm;
 }
 
 constexpr float MAGIC = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum */
@@ -189,7 +188,7 @@ template <int TILES, int GROUPS> __device__ void rotate_exactly(float (&x)[TILES
     for (int j = 0; j < TILES; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) x[j][i] = (x[j][i] * inverse + MAGIC) - MAGIC;
-    butterflies<TILES>(x);
+    butterflies(x);
 }
 
 /* One number a group of channels, in each of the row's lanes. GROUPS is 1 (one group: the fast case) or TILES (any

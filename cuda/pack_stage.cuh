@@ -140,8 +140,8 @@ template <int TILES> __device__ void pack_sixteen(void *stage, const call &a, co
         if (token >= 0 && token < a.s)
             load_row<TILES>(x, it.base + token * it.stride, a.half[it.value].dtype, a.half[it.value].vectors);
         if (a.rotation == KVC_ROTATE_HADAMARD) {
-            clamp_row<TILES>(x);
-            rotate_row<TILES>(x);
+            clamp_row(x);
+            rotate_row(x);
         }
         uint2 halves[TILES];
         pack_halves<TILES>(halves, x, a.layout.half);
