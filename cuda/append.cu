@@ -81,8 +81,8 @@ struct found {
 };
 
 /* As the CPU's checks: everything that appending `valid` tokens reads and writes is there. One barrier: behind it, all
- * threads have read the state. */
-__device__ bool sound(const append_job &a, int64_t i, const state &s) {
+ * threads have read the state. Entries are asked for, then `meanwhile` runs. */
+template <typename function> __device__ bool sound(const append_job &a, int64_t i, const state &s, function meanwhile) {
     bool fine = (uint32_t)s.k_bits <= 16 && (uint32_t)s.v_bits <= 16 && a.rows.half_bytes[s.k_bits] &&
                 a.rows.half_bytes[s.v_bits] && s.valid >= 0 && s.valid <= a.q &&
                 kvc_append_state_ok(&s.list, a.capacity, s.valid) && s.left_tail >= 0 && s.left_packed >= 0 &&
@@ -97,6 +97,7 @@ __device__ bool sound(const append_job &a, int64_t i, const state &s) {
     };
     int k = flat_thread(), peak = 0, flushes = 0;
     found at = find(k); /* asked for before it is known how much of it counts */
+    meanwhile();
     if (fine) {
         kvc_append_need(s.list.tail_tokens, s.valid, a.window, s.packs(), &peak, &flushes);
         fine = peak <= s.left_tail && flushes <= s.left_packed && s.list.pages + (int64_t)peak + flushes <= a.capacity;
@@ -246,7 +247,13 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
 template <int TILES, int EACH> __device__ void append_any(const append_job &a, uint32_t *stage, float *noise) {
     const int64_t i = list_of(a, blockIdx.x);
     state s = load_state(a, i, blockIdx.x, ((const int4 *)a.lists)[i]);
-    if (!sound(a, i, s)) return;
+    /* Pages of the first flush come nearer while entries are looked at. */
+    const auto meanwhile = [&] {
+        if (!s.flushes(a.window) || !kvc_append_state_ok(&s.list, a.capacity, 0)) return;
+        const uint32_t unit = a.table[i * a.capacity + s.list.tail_page + threadIdx.x / 32].unit;
+        if (inside(a.rows, unit, a.tail_bytes)) prefetch_half<TILES>(tail_half(a.rows, unit, threadIdx.y));
+    };
+    if (!sound(a, i, s, meanwhile)) return;
     for (int done = 0; done < s.valid;) {
         near_pages near;
         if (s.flushes(a.window)) {
@@ -272,9 +279,8 @@ template <int TILES, int EACH>
 __global__ void __launch_bounds__(2 * THREADS, TILES > 8 ? 1 : 2) append_kernel(const __grid_constant__ append_job a) {
     __shared__ uint4 stage[2 * KVC_PAGE_TOKENS * TILES * KVC_TILE / sizeof(uint4)];
     __shared__ float4 noise[2 * THREADS / 32 * NOISE / 4];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    wait_for_previous(); /* before the next may begin: it may rely on what came before this kernel */
+    let_next_begin();
     if (a.q == 1 && append_one<TILES>(a)) return;
     asm volatile("" ::: "memory"); /* nothing of the short way is kept, which would cost it registers */
     append_any<TILES, EACH>(a, (uint32_t *)stage, (float *)noise);
@@ -287,11 +293,10 @@ constexpr int divisor_below(int n, int divisor) {
     return divisor;
 }
 
-template <int TILES, int EACH = TILES> cudaError_t launch(dim3 grid, const append_job &a, cudaStream_t stream) {
+template <int TILES, int EACH = TILES> cudaError_t launch(const cudaLaunchConfig_t &config, const append_job &a) {
     if constexpr (EACH > 1)
-        if (a.rows.layout.group != EACH * KVC_TILE) return launch<TILES, divisor_below(TILES, EACH)>(grid, a, stream);
-    append_kernel<TILES, EACH><<<grid, dim3(THREADS, 2), 0, stream>>>(a);
-    return cudaGetLastError();
+        if (a.rows.layout.group != EACH * KVC_TILE) return launch<TILES, divisor_below(TILES, EACH)>(config, a);
+    return cudaLaunchKernelEx(&config, append_kernel<TILES, EACH>, a);
 }
 
 append_job make_job(const kvc_append_args *args) {
@@ -345,15 +350,24 @@ extern "C" kvc_status kvc_append_cuda(const kvc_append_args *args, kvc_stream st
                   rows.name, (long long)rows.width);
     if (b * h * args->keys.shape[2] == 0) return KVC_OK;
     const append_job a = make_job(args);
-    const dim3 grid((unsigned)b, (unsigned)h);
     kvc_device_scope scope(args->arena.device_id);
-    cudaError_t error = scope.error;
+    kvc_gpu gpu = {};
+    cudaError_t error = scope.error == cudaSuccess ? kvc_gpu_of(args->arena.device_id, &gpu) : scope.error;
+    cudaLaunchAttribute overlap = {}; /* the launch itself, with the end of what comes before */
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)b, (unsigned)h);
+    config.blockDim = dim3(THREADS, 2);
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &overlap;
+    config.numAttrs = gpu.capability >= 90 ? 1 : 0;
     if (error == cudaSuccess) switch (a.rows.layout.head_dim) {
-        case 64: error = launch<4>(grid, a, (cudaStream_t)stream); break;
-        case 80: error = launch<5>(grid, a, (cudaStream_t)stream); break;
-        case 96: error = launch<6>(grid, a, (cudaStream_t)stream); break;
-        case 128: error = launch<8>(grid, a, (cudaStream_t)stream); break;
-        default: error = launch<16>(grid, a, (cudaStream_t)stream); break;
+        case 64: error = launch<4>(config, a); break;
+        case 80: error = launch<5>(config, a); break;
+        case 96: error = launch<6>(config, a); break;
+        case 128: error = launch<8>(config, a); break;
+        default: error = launch<16>(config, a); break;
         }
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("append", error);
 }

@@ -34,6 +34,16 @@ __device__ const char *tail_half(const call &a, uint32_t unit, int value) {
     return (const char *)a.arena + (int64_t)unit * KVC_UNIT + (value ? a.tail_half_bytes : 0);
 }
 
+/* Asks for a half of a tail page, as near as it can be without registers: 32 bytes each time. */
+template <int HEAD> __device__ void prefetch_half(const char *half) {
+    constexpr int BYTES = 2 * KVC_TILE * KVC_TILE * HEAD;
+#pragma unroll
+    for (int at = 0; at < BYTES; at += 32 * 32) {
+        const int mine = at + 32 * (threadIdx.x & 31);
+        if (BYTES % 1024 == 0 || mine < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(half + mine));
+    }
+}
+
 /* A half that stays at 16 bits: word R of a lane's tile t becomes word 4*R + t. */
 template <int HEAD> __device__ void copy_halves(const call &a, const job &it, const kvc_page *tail) {
 #pragma unroll 1

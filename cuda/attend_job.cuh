@@ -213,17 +213,4 @@ __device__ __forceinline__ float2 load_volatile(const float2 *p) {
     return v;
 }
 
-/* Programmatic dependent launch: until what the kernel before wrote may be read. */
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 } // namespace

@@ -45,6 +45,19 @@ struct kvc_device_scope {
     kvc_device_scope &operator=(const kvc_device_scope &) = delete;
 };
 
+/* Programmatic dependent launch: until what the kernels before wrote may be read. */
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /* 16-bit floats as core.h's, bit for bit: nearest even, saturated at the largest finite value; Inf and NaN stay. */
 __device__ inline float kvc_cuda_half_to_float(uint16_t bits, int dtype) {
     return dtype == KVC_BFLOAT16 ? __uint_as_float((uint32_t)bits << 16) : __half2float(__ushort_as_half(bits));

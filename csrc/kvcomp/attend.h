@@ -43,8 +43,9 @@ typedef struct {
     float softcap;    /* 0: none */
     int32_t threads;  /* 0: as many as kvc_threads() */
     int32_t early; /* CUDA only. 1: all that is read but the tails, that is queries, division, lists' pages before the
-                    * tail and their table entries, was complete before the stream's last kernel began, which is append
-                    * or attend: reading overlaps it. Without a division, and for q > 1, the same as 0 */
+                    * tail and their table entries, comes from before the stream's last kernel, if that is append, which
+                    * waits for it; or was complete before that began, if it is attend: reading overlaps it. Without a
+                    * division, and for q > 1, the same as 0 */
 } kvc_attend_args;
 
 typedef kvc_status kvc_attend_fn(const kvc_attend_args *args, kvc_stream stream);
