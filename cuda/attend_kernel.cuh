@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
                     info + n);
         w.begin_list(list);
         const kvc_share share = shares[list];
+        w.mixed = share.mixed;
         meet<WARPS>();
 #pragma unroll
         for (int t = 0; t < S::QT; t++) {

@@ -43,6 +43,7 @@ template <int D, int NQ> struct worker {
     int joint; /* bytes of K in the slot that holds the whole page; 0: K and V
                   have slots of their own */
     bool has_sums;
+    bool mixed; /* the list, as divide.h has it */
     int tail_page, tail_tokens; /* of the list */
 
     __device__ __forceinline__ worker(const attend_job &a, const rings &all, int warp)
@@ -498,8 +499,8 @@ template <int D, int NQ> struct worker {
 
     /* ---- a page; sums into shared memory */
 
-    /* The page that is next, K and V of BITS bits, all of whose tokens are seen, of a plain layout. */
-    template <int BITS> __device__ __forceinline__ void plain_page() {
+    /* The page that is next, K and V of BITS bits, of a plain layout. */
+    template <int BITS> __device__ __forceinline__ void plain_page(bool seen, int tokens, int behind) {
         using C = piece<BITS, 64>;
         constexpr int LAST = (TILES - 1) / C::TILES, CODES = (TILES - LAST * C::TILES) * C::TILE_BYTES;
         constexpr int HALF = TILES * C::TILE_BYTES + 64 * (int)sizeof(half2);
@@ -510,19 +511,24 @@ template <int D, int NQ> struct worker {
         if (!joint)
 #pragma unroll
             for (int p = 0; p < (QT == PARTS ? 1 : LAST + 1); p++) copies.release();
+        if (!seen) mask(x, tokens, behind);
         const char *at = values_arrived();
         steps<true>(scale, zero, a, at + CODES, r);
         code_values(x, scale, zero, at, BITS);
     }
 
-    /* And those of the same kind behind it; the note of what comes then. */
-    template <int BITS> __device__ __forceinline__ page_note plain_pages(const page_note &first) {
-        page_note note;
+    /* And those of the same class behind it, of which the last one may hold fewer tokens. The note of what comes then.
+     *
+     * Code that has not run for a while has to come from far away, which takes as long as several pages: where classes
+     * follow each other soon (`mixed`) they share what `pages` has, but for 2 bits, which instructions bound. */
+    template <int BITS> __device__ __forceinline__ page_note plain_pages(page_note note, bool seen, int behind) {
+        const int list = note.list;
 #pragma unroll 1
         do {
-            plain_page<BITS>();
+            plain_page<BITS>(seen, note.kind >> 16 & 0xff, behind);
             note = copies.note();
-        } while (note.list == first.list && note.kind == first.kind && a.q == 1);
+            seen = (note.kind >> 16 & 0xff) == 64;
+        } while (note.list == list && (note.kind & 0xffff) == (BITS | BITS << 8) && a.q == 1);
         return note;
     }
 
@@ -532,12 +538,12 @@ template <int D, int NQ> struct worker {
         const bool tail = k_bits == 16 && v_bits == 16;
         const int behind = a.q > 1 ? tokens_behind(a, tail_page, tail_tokens, note.list, note.page, tokens) : 0;
         const bool seen = tokens == (tail ? 16 : 64) && (a.q == 1 || behind >= a.q);
-        if (seen && k_bits == v_bits && !tail && a.plain) {
+        if (k_bits == v_bits && !tail && a.plain && (k_bits == 2 || !mixed)) {
             switch (k_bits) {
-            case 2: return plain_pages<2>(note);
-            case 3: return plain_pages<3>(note);
-            case 4: return plain_pages<4>(note);
-            default: return plain_pages<8>(note);
+            case 2: return plain_pages<2>(note, seen, behind);
+            case 3: return plain_pages<3>(note, seen, behind);
+            case 4: return plain_pages<4>(note, seen, behind);
+            default: return plain_pages<8>(note, seen, behind);
             }
         }
         joint = note.joint;

@@ -15,6 +15,8 @@ constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memor
  * much (measured: 1.8 microseconds where 35 GB/s a multiprocessor are read). */
 constexpr uint32_t PAGE_COST = 12, LIST_COST = 960;
 
+constexpr int MIXED_PAGES = 128; /* of a block: with more its warps stay with a class for long (kvc_share.mixed) */
+
 constexpr int SEGMENT = 128, MOST_SHARED = 160 << 10; /* pages; bytes */
 
 struct call {
@@ -32,6 +34,15 @@ __device__ __forceinline__ uint32_t cost_of(const call &a, uint32_t kind) {
     const int k = kind & 0xff, v = kind >> 8 & 0xff;
     if (k == 16 && v == 16) return 2 * a.tail_units + PAGE_COST;
     return a.half_units[min(k, 16)] + a.half_units[min(v, 16)] + PAGE_COST;
+}
+
+/* 2, 3, 4, 8, 16 bits -> 1, 0, 2, 3, 4. */
+__device__ __forceinline__ uint32_t rank_of(uint32_t bits) { return bits == 3 ? 0 : min(31 - __clz(bits | 1), 4); }
+
+/* A bit for every class; none for 16-bit pages, which tails are made of. */
+__device__ __forceinline__ uint32_t class_of(uint32_t kind) {
+    const uint32_t k = rank_of(kind & 0xff), v = rank_of(kind >> 8 & 0xff);
+    return k == 4 && v == 4 ? 0 : 1u << (5 * k + v);
 }
 
 __device__ __forceinline__ uint32_t sum_of_warp(uint32_t x) {
@@ -138,6 +149,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
     const kvc_page *const table = a.tables + (int64_t)blockIdx.x * n * a.capacity;
     const kvc_list *const lists = a.lists + (int64_t)blockIdx.x * n;
     if (threadIdx.x == 0) largest = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) shares[i].mixed = 0; /* the classes' bits, until it is written */
     __syncthreads();
     uint32_t *const segments = costs + n;
     const int each = max(1, a.segments), length = a.segments ? SEGMENT : max(1, a.capacity); /* of a list; pages */
@@ -145,11 +157,17 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
         const int i = k / each, from = (k - i * each) * length, pages = min(lists[i].pages, a.capacity);
         const uint2 *row = (const uint2 *)(table + (int64_t)i * a.capacity);
         const int end = min(pages, from + length);
-        uint32_t cost = 0;
+        uint32_t cost = 0, classes = 0;
 #pragma unroll 4
-        for (int p = from + lane; p < end; p += 32) cost += cost_of(a, row[p].y);
+        for (int p = from + lane; p < end; p += 32) {
+            const uint32_t kind = row[p].y;
+            cost += cost_of(a, kind);
+            classes |= class_of(kind);
+        }
         cost = sum_of_warp(cost);
+        classes = __reduce_or_sync(ALL, classes);
         if (lane == 0) (a.segments ? segments : costs)[k] = cost;
+        if (lane == 0 && classes) atomicOr(&shares[i].mixed, (int)classes);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += THREADS) {
@@ -194,7 +212,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
             const int pages = min(lists[i].pages, a.capacity);
             const int blocks = cut(costs[i], apart);
             /* the cost is wanted again: it lies in its share until then */
-            shares[i].reserved = (int32_t)costs[i];
+            shares[i].fixed_pages = (int32_t)costs[i];
             costs[i] = max(1, min(blocks, pages));
         }
         __syncthreads();
@@ -209,7 +227,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
                     high = middle;
             }
             const int of = (low + 1 < n ? (int)costs[low + 1] : blocks) - (int)costs[low], k = b - (int)costs[low];
-            const uint32_t cost = (uint32_t)shares[low].reserved;
+            const uint32_t cost = (uint32_t)shares[low].fixed_pages;
             const int page = k ? page_at(a, table + (int64_t)low * a.capacity, segments + low * a.segments,
                                          min(lists[low].pages, a.capacity), (uint32_t)((uint64_t)cost * k / of))
                                : 0;
@@ -296,7 +314,8 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
             else
                 top = middle;
         }
-        shares[i] = kvc_share{low, end - low + 1, lists[i].tail_page, 0};
+        const int of_list = end - low + 1, fixed = lists[i].tail_page, classes = __popc(shares[i].mixed);
+        shares[i] = kvc_share{low, of_list, fixed, classes > of_list && fixed < MIXED_PAGES * of_list};
     }
     if (threadIdx.x == 0) *(int4 *)out = make_int4(blocks, n, 0, 0);
 }

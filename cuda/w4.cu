@@ -61,7 +61,7 @@ extern "C" kvc_status kvc_w4_matmul_cuda(const kvc_w4_matmul_args *args, kvc_str
     const int64_t strips = kvc_w4_strips(shape->n), blocks = kvc_w4_blocks(shape->k, shape->group, shape->scale_bits);
     KVC_CHECK(m <= INT32_MAX && shape->n < INT32_MAX - 64 && shape->k < INT32_MAX / 2 &&
                   strips * blocks <= INT32_MAX / 2,
-              KVC_ESHAPE, "w4_matmul: x: expected sizes below 2^30 and weights of fewer than 2^43, got (%lld, %lld)",
+              KVC_ESHAPE, "w4_matmul: x: expected sizes below 2^31 and weights of fewer than 2^43, got (%lld, %lld)",
               (long long)m, (long long)shape->k);
     kvc_device_scope scope(args->x.device_id);
     if (scope.error != cudaSuccess) return kvc_cuda_fail("w4_matmul", scope.error);

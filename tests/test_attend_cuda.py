@@ -525,6 +525,22 @@ def test_a_hundred_runs_are_the_same_bits() -> None:
         assert len(seen) == 1
 
 
+@pytest.mark.parametrize(("group", "q"), [(4, 1), (3, 2), (8, 1)])
+def test_lists_that_share_code_give_the_same(group: int, q: int) -> None:
+    """What a division says of a list's classes chooses code, not results: bit by bit, and near to what is exact."""
+    lists = [mixed(length, seed) for seed, length in enumerate((4000, 700, 0, 2500))]
+    cache = Cache((128, 128, 1, BFLOAT16, FP16), lists, batch=2)
+    queries = queries_of(31, 2, 2 * group, q, 128)
+    division = cache.divide()
+    shares = division[4 : 4 + 4 * 4].view(4, 4)
+    outs = []
+    for mark in (0, 1):
+        shares[:, 3] = mark
+        cache.check(queries, with_mass=False, division=division)
+        outs.append(cache.attend(queries, division=division))
+    assert same_bits(*outs)
+
+
 # ---- decode steps: appends, divisions from before, overlap, graphs, streams
 
 STEPS = 150

@@ -21,11 +21,12 @@ pytestmark = [
 LAYOUT = (128, 128, 1, 1, 0)
 # Bytes that a page, and a list that a block begins, may be charged beyond those that are read.
 PAGE_CHARGE, LIST_CHARGE = 1 << 10, 64 << 10
+MIXED_PAGES = 128  # divide.cu
 
 
 class Division(NamedTuple):
     runs: np.ndarray[Any, Any]  # (blocks, 4): first list, first page, end list, end page
-    shares: np.ndarray[Any, Any]  # (lists, 4): first block, blocks, fixed pages, 0
+    shares: np.ndarray[Any, Any]  # (lists, 4): first block, blocks, fixed pages, mixed
     first: np.ndarray[Any, Any]  # (blocks, 12): entries of the runs' first pages
 
 
@@ -58,6 +59,7 @@ def divide(layers: list[list[list[Page]]]) -> tuple[list[Division], np.ndarray[A
         assert all(map(np.array_equal, first, second)), "the same again"
     for division, table, state in zip(found, tables, states, strict=True):
         assert_first(division, table, state)
+        assert_mixed(division, table, state)
     return found, states
 
 
@@ -79,6 +81,13 @@ def assert_first(division: Division, table: np.ndarray[Any, Any], state: np.ndar
         pages = table[first_list, first_page : max(first_page, min(end, first_page + 12))]
         expected[: len(pages)] = pages
         assert np.array_equal(entries, expected)
+
+
+def assert_mixed(division: Division, table: np.ndarray[Any, Any], state: np.ndarray[Any, Any]) -> None:
+    """Marked: lists of more classes, but 16 bits, than blocks, whose blocks have few pages."""
+    for share, entries, (pages, tail, *_) in zip(division.shares.tolist(), table, state.tolist(), strict=True):
+        classes = {int(entry) >> 32 & 0xFFFF for entry in entries[:pages]} - {16 << 8 | 16}
+        assert share[3] == (len(classes) > share[1] and tail < MIXED_PAGES * share[1])
 
 
 def pieces(division: Division, pages: np.ndarray[Any, Any]) -> list[list[tuple[int, int, int]]]:

@@ -26,7 +26,7 @@ typedef struct {
 typedef struct {
     int32_t first_block, blocks; /* at least one block, also for an empty list */
     int32_t fixed_pages;         /* pages that appends leave as they are: those before the tail */
-    int32_t reserved;
+    int32_t mixed;               /* 1: a block finds several classes among few of those; else 0. For speed alone */
 } kvc_share;
 
 typedef struct {
