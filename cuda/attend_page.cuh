@@ -43,7 +43,7 @@ template <int D, int NQ> struct worker {
     int joint; /* bytes of K in the slot that holds the whole page; 0: K and V
                   have slots of their own */
     bool has_sums;
-    bool mixed; /* the list, as divide.h has it */
+    bool mixed;                 /* the list, as divide.h has it */
     int tail_page, tail_tokens; /* of the list */
 
     __device__ __forceinline__ worker(const attend_job &a, const rings &all, int warp)
