@@ -178,6 +178,8 @@ def compress(
     compile: torch.compile runs the decoder layers of decode steps: True; "auto": on a GPU, and where it works; or its
         options, as a dict. The first step takes as long as compiling does. Layers that read the same rows (queries,
         keys and values; gate and up) are then one product: their weights are parts of one tensor until the way out.
+        Its kernels begin while those ahead of them end, where the device and torch can do that (sm_90; an option of
+        its own, triton.enable_pdl, turns it off).
     prefill_chunk: tokens of a prompt that are read at once, where only the last one's logits are asked for, as generate
         does; keys and values of all of them are kept until the last chunk has run. None: all.
     by_sequence: read the prompts of a batch one after the other, each compressed before the next (bytes of a budget are
