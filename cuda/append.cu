@@ -361,7 +361,7 @@ extern "C" kvc_status kvc_append_cuda(const kvc_append_args *args, kvc_stream st
     config.blockDim = dim3(THREADS, 2);
     config.stream = (cudaStream_t)stream;
     config.attrs = &overlap;
-    config.numAttrs = gpu.capability >= 90 ? 1 : 0;
+    config.numAttrs = kvc_overlaps(gpu) ? 1 : 0;
     if (error == cudaSuccess) switch (a.rows.layout.head_dim) {
         case 64: error = launch<4>(config, a); break;
         case 80: error = launch<5>(config, a); break;

@@ -318,7 +318,9 @@ __device__ __forceinline__ void split(uint32_t &rounded, uint32_t &rest, float x
 inline cudaError_t launch_overlapping(void (*kernel)(attend_job), int (&prepared)[64], const attend_job &a, int blocks,
                                       int threads, int bytes, cudaStream_t stream) {
     int device = 0;
+    kvc_gpu gpu = {};
     cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = kvc_gpu_of(device, &gpu);
     if (error != cudaSuccess) return error;
     if (device >= 64 || prepared[device] < bytes) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -334,7 +336,7 @@ inline cudaError_t launch_overlapping(void (*kernel)(attend_job), int (&prepared
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.numAttrs = kvc_overlaps(gpu) ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, a);
 }
 

@@ -27,6 +27,12 @@ cudaError_t kvc_gpu_of(int device, kvc_gpu *out);
 /* Whether a device runs sm_90a's instructions (wgmma, TMA), and the library has code with them. */
 static inline bool kvc_has_wgmma(const kvc_gpu &gpu) { return gpu.capability == 90 && strstr(KVC_CUDA_ARCHS, "90a"); }
 
+/* Whether a kernel may be launched while the one before it runs: where the code that a device loads waits for that
+ * (`wait_for_previous`), which PTX for 8.0 does not, whatever the device could do. */
+static inline bool kvc_overlaps(const kvc_gpu &gpu) {
+    return kvc_has_wgmma(gpu) || (gpu.capability == 100 && strstr(KVC_CUDA_ARCHS, "100a"));
+}
+
 /* Makes `device` current for a scope. Costs no driver call where it is current already. */
 struct kvc_device_scope {
     int previous;

@@ -74,7 +74,7 @@ __host__ __device__ inline int w4_small_sums_at(const w4_job *a) {
 static inline int w4_small_shared(w4_job *a, const kvc_gpu *device) {
     const int tiles = w4_small_tiles(a->m);
     /* Where there is little to do what counts is when the first pieces arrive, and how many sums are added up: fewer
-     * warps. (Measured on an H200: 8 warps up to here, 12 above; 16 are slower than either.) */
+     * warps. (Measured on an H200: 8 warps up to here, 12 above; 16 are slower, but for 28672 x 4096.) */
     const int64_t few = (tiles == 1 ? 60 : 80) * (int64_t)device->multiprocessors;
     const int most = (int64_t)a->strips * a->blocks <= few ? KVC_W4_SMALL_LEAST_WARPS : w4_small_warps(tiles);
     a->x_bytes = w4_small_rows(tiles, a->m) * 2 * a->inputs;

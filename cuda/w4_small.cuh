@@ -375,7 +375,7 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = device->capability >= 90 ? 1 : 0;
+    config.numAttrs = kvc_overlaps(*device) ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, *a, map);
 }
 

@@ -525,12 +525,13 @@ def test_a_hundred_runs_are_the_same_bits() -> None:
         assert len(seen) == 1
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("group", "q"), [(4, 1), (3, 2), (8, 1)])
-def test_lists_that_share_code_give_the_same(group: int, q: int) -> None:
+def test_lists_that_share_code_give_the_same(head_dim: int, group: int, q: int) -> None:
     """What a division says of a list's classes chooses code, not results: bit by bit, and near to what is exact."""
     lists = [mixed(length, seed) for seed, length in enumerate((4000, 700, 0, 2500))]
-    cache = Cache((128, 128, 1, BFLOAT16, FP16), lists, batch=2)
-    queries = queries_of(31, 2, 2 * group, q, 128)
+    cache = Cache((head_dim, head_dim, 1, BFLOAT16, FP16), lists, batch=2)
+    queries = queries_of(31, 2, 2 * group, q, head_dim)
     division = cache.divide()
     shares = division[4 : 4 + 4 * 4].view(4, 4)
     outs = []

@@ -157,6 +157,7 @@ CASES: dict[str, list[list[Page]]] = {
     "132 lists": [uniform(4, 4, 2048)] * 132,
     "133 lists": [uniform(4, 4, 2048)] * 133,
     "ragged": ragged(1, 64, 20_000),
+    "mixed ones of 32k": [mixed(32_000, i) for i in range(64)],
     "thousands": ragged(2, 4096, 500),
     "empty ones": [[], *ragged(3, 30, 900), [], [], *ragged(4, 30, 900), []],
     "nothing but empty ones": [[]] * 300,

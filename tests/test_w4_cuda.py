@@ -118,7 +118,7 @@ def test_tails(n: int, k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k"), [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (16384, 3072), (256, 32768)]
+    ("n", "k"), [(4096, 4096), (8192, 8192), (14336, 4096), (28672, 4096), (4096, 14336), (16384, 3072), (256, 32768)]
 )
 def test_sizes_of_models(n: int, k: int) -> None:
     weights = Weights(3, n, k, 128, 3)

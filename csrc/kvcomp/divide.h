@@ -26,7 +26,8 @@ typedef struct {
 typedef struct {
     int32_t first_block, blocks; /* at least one block, also for an empty list */
     int32_t fixed_pages;         /* pages that appends leave as they are: those before the tail */
-    int32_t mixed;               /* 1: a block finds several classes among few of those; else 0. For speed alone */
+    int32_t mixed;               /* 1: the list has pages of more classes (but 16 bits) than blocks, and fewer than 128
+                                  * fixed pages a block; else 0. Attend chooses code by it, not results */
 } kvc_share;
 
 typedef struct {

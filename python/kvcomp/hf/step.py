@@ -149,7 +149,8 @@ def compiled_layer(options: dict[str, Any]) -> Callable[..., Any]:
 
 def overlap_options(device: torch.device) -> dict[str, Any]:
     """Options of torch.compile with which its kernels begin before the ones ahead of them have ended, as this package's
-    do (programmatic dependent launch, sm_90 and later); none where the device or this torch has no such thing."""
+    do (programmatic dependent launch, sm_90 and later); none where the device or this torch has no such thing. That
+    rests on every kernel waiting for the one ahead of it before it ends, as inductor's that load anything do."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     from torch import _inductor  # takes long, and is loaded by what comes next anyway
