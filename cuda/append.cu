@@ -353,21 +353,13 @@ extern "C" kvc_status kvc_append_cuda(const kvc_append_args *args, kvc_stream st
     kvc_device_scope scope(args->arena.device_id);
     kvc_gpu gpu = {};
     cudaError_t error = scope.error == cudaSuccess ? kvc_gpu_of(args->arena.device_id, &gpu) : scope.error;
-    cudaLaunchAttribute overlap = {}; /* the launch itself, with the end of what comes before */
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)b, (unsigned)h);
-    config.blockDim = dim3(THREADS, 2);
-    config.stream = (cudaStream_t)stream;
-    config.attrs = &overlap;
-    config.numAttrs = kvc_overlaps(gpu) ? 1 : 0;
+    const kvc_launch over(gpu, dim3((unsigned)b, (unsigned)h), dim3(THREADS, 2), 0, (cudaStream_t)stream);
     if (error == cudaSuccess) switch (a.rows.layout.head_dim) {
-        case 64: error = launch<4>(config, a); break;
-        case 80: error = launch<5>(config, a); break;
-        case 96: error = launch<6>(config, a); break;
-        case 128: error = launch<8>(config, a); break;
-        default: error = launch<16>(config, a); break;
+        case 64: error = launch<4>(over.config, a); break;
+        case 80: error = launch<5>(over.config, a); break;
+        case 96: error = launch<6>(over.config, a); break;
+        case 128: error = launch<8>(over.config, a); break;
+        default: error = launch<16>(over.config, a); break;
         }
     return error == cudaSuccess ? KVC_OK : kvc_cuda_fail("append", error);
 }

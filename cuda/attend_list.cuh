@@ -327,17 +327,8 @@ inline cudaError_t launch_overlapping(void (*kernel)(attend_job), int (&prepared
         if (error != cudaSuccess) return error;
         if (device < 64) prepared[device] = bytes;
     }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks * a.chunks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = kvc_overlaps(gpu) ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    const kvc_launch launch(gpu, dim3(blocks * a.chunks), dim3(threads), bytes, stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, a);
 }
 
 } // namespace

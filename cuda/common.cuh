@@ -33,6 +33,24 @@ static inline bool kvc_overlaps(const kvc_gpu &gpu) {
     return kvc_has_wgmma(gpu) || (gpu.capability == 100 && strstr(KVC_CUDA_ARCHS, "100a"));
 }
 
+/* Where, and how large, a kernel is launched: over the one before it where that may be. */
+struct kvc_launch {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute overlap = {};
+    kvc_launch(const kvc_gpu &gpu, dim3 grid, dim3 block, int shared, cudaStream_t stream) {
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared;
+        config.stream = stream;
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &overlap;
+        config.numAttrs = kvc_overlaps(gpu) ? 1 : 0;
+    }
+    kvc_launch(const kvc_launch &) = delete;
+    kvc_launch &operator=(const kvc_launch &) = delete;
+};
+
 /* Makes `device` current for a scope. Costs no driver call where it is current already. */
 struct kvc_device_scope {
     int previous;
@@ -60,7 +78,7 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

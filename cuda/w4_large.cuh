@@ -186,8 +186,8 @@ template <int TALL, int COLUMNS>
 __device__ __forceinline__ void w4_copy_x(const w4_job &a, const w4_plan &plan, const CUtensorMap *map, uint32_t stages,
                                           uint32_t full, uint32_t empty) {
     constexpr int BYTES = w4_stage_bytes(TALL, COLUMNS), X = COLUMNS * STEP * 2;
-    if (a.early) w4_wait_for_previous();
-    w4_let_next_begin(); /* it may rely on what came before this kernel */
+    if (a.early) wait_for_previous();
+    let_next_begin(); /* it may rely on what came before this kernel */
     for (w4_walk at(plan); at.next();) {
         const int row = at.work.row_of<COLUMNS>(at.m_tile);
 #pragma unroll 1
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
     }
     w4_barriers_ready();
     if (threadIdx.x == 0 && plan.split > 1) w4_expect(sent, w4_sent_bytes<TALL, COLUMNS>(plan.split, blockIdx.x));
-    if (!a.early) w4_wait_for_previous();
+    if (!a.early) wait_for_previous();
     if (group == TALL) {
         registers_give<TALL == 2 ? 40 : 32>();
         const int role = w4_uniform(warp);
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
         return;
     }
     registers_take<TALL == 2 ? 232 : 112>();
-    if (a.early) w4_wait_for_previous(); /* out and the workspace are written below */
+    if (a.early) wait_for_previous(); /* out and the workspace are written below */
     const uint32_t codes = base + X + group * STRIP + (threadIdx.x & 127) * 16;
     const uint32_t scales = pairs + group * (PAIRS / TALL) + (lane >> 2) * 16 + warp * 4;
     int next_slot = 0, next_parity = 0;

@@ -147,20 +147,6 @@ __device__ __forceinline__ float4 w4_load_sums(uint32_t at) {
     return v;
 }
 
-/* ---- launches that overlap the kernel before */
-
-__device__ __forceinline__ void w4_wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void w4_let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 /* ---- elements of bias and out */
 
 __device__ __forceinline__ float w4_load(const char *p, int dtype, int64_t i) {

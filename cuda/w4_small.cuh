@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     if (threadIdx.x == 0 && a.tensor) w4_prefetch_map(&map);
     w4_own_barriers_ready();
 
-    if (!a.early) w4_wait_for_previous();
+    if (!a.early) wait_for_previous();
     w4_place ahead; /* of the next request */
     ahead.set(run, a.blocks, warp);
     const w4_place begun = ahead;
@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
         ring.request_weights(s, ahead);
         ahead.advance(run, a.blocks, warps);
     }
-    if (a.early) w4_wait_for_previous();
-    w4_let_next_begin(); /* it may rely on what came before this kernel */
+    if (a.early) wait_for_previous();
+    let_next_begin(); /* it may rely on what came before this kernel */
     ahead = begun;
     for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
         ring.request_x(s, ahead);
@@ -366,17 +366,8 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     a->by_run = w4_divisor::of(a->run);
     a->by_longer = w4_divisor::of(a->run + 1);
     a->by_blocks = w4_divisor::of(a->blocks);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)grid);
-    config.blockDim = dim3(32 * a->warps);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = kvc_overlaps(*device) ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, *a, map);
+    const kvc_launch launch(*device, dim3((unsigned)grid), dim3(32 * a->warps), shared, stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, *a, map);
 }
 
 template <typename T> cudaError_t w4_small_any(w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
