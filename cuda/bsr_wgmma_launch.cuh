@@ -126,11 +126,8 @@ kvc_status launch_any(const bsr_job &job, int32_t type, int panel_columns, int d
 template <int BLOCK>
 kvc_status launch_block(const bsr_job &job, int32_t type, int cluster, int panel_columns, int device,
                         cudaStream_t stream) {
-    switch (cluster) {
-    case 4: return launch_any<BLOCK, 4>(job, type, panel_columns, device, stream);
-    case 2: return launch_any<BLOCK, 2>(job, type, panel_columns, device, stream);
-    default: return launch_any<BLOCK, 1>(job, type, panel_columns, device, stream);
-    }
+    return cluster == 2 ? launch_any<BLOCK, 2>(job, type, panel_columns, device, stream)
+                        : launch_any<BLOCK, 1>(job, type, panel_columns, device, stream);
 }
 
 } // namespace

@@ -3,9 +3,11 @@
 Nothing is timed before its result was found right: kvcomp's with float32 out, as ``bsr_gate`` says, and everything's in
 the dtype that is timed. Useful TFLOPS are 2 · stored blocks · block² · N / time, whatever was executed; what a dense
 product would have had to reach is the field ``dense_equivalent_tflops``. Making a matrix, its plan and its copies is
-not timed; ``first_call_ms`` is a first product with all of that, ``host_us`` how long a later one keeps the host. Where
-kvcomp takes the dense product, its samples and those of the dense rival alternate, and not in a CUDA graph, in which
-the copy would be made at every replay.
+not timed; ``first_call_ms`` is a first product with all of that, ``host_us`` how long a later one keeps the host.
+
+On CUDA kvcomp's samples alternate with those of the dense product and of torch's BSR product: a board at its power
+limit lowers its clock under lasting load, and so for all three. Where kvcomp takes the dense product, they alternate
+with the dense rival's alone, on any device, and not in a CUDA graph, in which the copy would be made at every replay.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -44,7 +46,8 @@ _SHOWN = {
 
 Save = Callable[[dict[str, Any]], object]
 Tell = Callable[[str], object]
-Timed = Callable[[Call, int], dict[str, Any]]  # times of a call that chooses among so many copies of its inputs
+# Rivals whose samples alternate with ours: by them we are judged, and lasting load lowers a GPU's clock.
+_JUDGES = {"cuda": (DENSE, "torch bsr"), "cpu": ()}
 
 
 def bench(
@@ -162,21 +165,21 @@ class _Run:
         rivals = self.settings.rivals_of(where)
         ours, call = self.ours(OURS, problem, reference, case, "auto")
         cells = [ours]
-        timed: dict[str, Timed] = {}
-        if call is not None and ours["way"] == "dense" and DENSE in rivals:
-            # The same product, asked for by way of the choice, takes turns with the other.
-            timed[DENSE] = functools.partial(self.both, ours, call)
-        else:
-            ours |= self.timed(call, len(problem), graph=ours["way"] == "sparse")
-        if ours["way"] != "sparse":
-            blocks, sparse = self.ours("kvcomp sparse", problem, reference, case, "sparse")
-            cells.append(blocks | self.timed(sparse, len(problem)))
-        for name in rivals:
-            make = functools.partial(bsr_rivals.of(self.device)[name], problem)
-            cells += self.rival(name, make, reference, case, len(problem), timed.get(name, self.timed))
+        sparse = ours["way"] == "sparse"
+        turns = self.taking_turns(ours, rivals) if call is not None else ()
+        if call is not None:
+            made = [self.rival(name, problem, reference, case) for name in turns]
+            cells += self.timed_in_turn([(ours, call), *filter(None, made)], case, len(problem), graph=sparse)
+            del made
             self.free()
-        if timed and "median_us" not in ours:  # the other did not run
-            ours |= self.timed(call, len(problem), graph=False)
+        if not sparse:
+            blocks, its = self.ours("kvcomp sparse", problem, reference, case, "sparse")
+            cells.append(blocks | self.timed(its, len(problem)))
+        for name in rivals:
+            if name not in turns and (other := self.rival(name, problem, reference, case)) is not None:
+                cells += self.timed_in_turn([other], case, len(problem))
+            other = None
+            self.free()
         lengths = matrix.row_ptr.diff().double()
         row_blocks = {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())}
         for cell in cells:
@@ -221,16 +224,21 @@ class _Run:
 
         return multiply
 
+    def taking_turns(self, ours: dict[str, Any], rivals: Sequence[str]) -> tuple[str, ...]:
+        names = (DENSE,) if ours["way"] == "dense" else _JUDGES[self.device]
+        return tuple(name for name in names if name in rivals)
+
     def rival(
-        self,
-        name: str,
-        make: Callable[[], Call],
-        reference: torch.Tensor,
-        case: dict[str, Any],
-        copies: int,
-        timed: Timed,
-    ) -> list[dict[str, Any]]:
-        """Its cell; or none, and an entry among the absent ones. ``writes``: a dtype that is not the case's."""
+        self, name: str, problem: Problem, reference: torch.Tensor, case: dict[str, Any]
+    ) -> tuple[dict[str, Any], Call] | None:
+        """Its cell, and what is to be timed for it; None, and an entry among the absent ones, where it is wrong or does
+        not run."""
+        return self.checked(name, functools.partial(bsr_rivals.of(self.device)[name], problem), reference, case)
+
+    def checked(
+        self, name: str, make: Callable[[], Call], reference: torch.Tensor, case: dict[str, Any]
+    ) -> tuple[dict[str, Any], Call] | None:
+        """``writes``: a dtype that is not the case's."""
         try:
             call = make()
             first = call(0)
@@ -239,12 +247,32 @@ class _Run:
                 raise ArithmeticError(f"wrong by {error['value']:.3g}, more than {error['bound']:.3g}")
             kind = str(first.dtype).removeprefix("torch.")
             more = {} if kind == case["out_dtype"] else {"writes": kind}
-            del first
-            return [results.cell(name, case, error=error, **timed(call, copies), **more)]
+            return results.cell(name, case, error=error, **more), call
         except Exception as reason:  # whatever a rival's library makes of it: that is its result here
-            said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-            self.leave_out(name, case, said)
-            return []
+            self.leave_out(name, case, _said(reason))
+            return None
+
+    def timed_in_turn(
+        self, cells: Sequence[tuple[dict[str, Any], Call]], case: dict[str, Any], copies: int, *, graph: bool = True
+    ) -> list[dict[str, Any]]:
+        """Adds times to cells, which take turns; those of rivals are given back. Where a rival's library fails now,
+        ours is timed alone."""
+        calls = {cell["impl"]: call for cell, call in cells}
+        try:
+            samples, how = bsr_samples.in_turn(calls, copies, self.iterations, SAMPLES_LEAST, self.device, graph=graph)
+        except Exception as reason:
+            if [*calls] == [OURS]:
+                raise
+            for name in calls:
+                if name != OURS:
+                    self.leave_out(name, case, _said(reason))
+            alone = [pair for pair in cells if pair[0]["impl"] == OURS]
+            return self.timed_in_turn(alone, case, copies, graph=graph) if alone else []
+        if len(calls) > 1:
+            how += ", in turn"
+        for cell, call in cells:
+            cell |= self.times(call, samples[cell["impl"]], how)
+        return [cell for cell, _ in cells if cell["impl"] != OURS]
 
     def ceilings(self, size: int) -> None:
         """Once for a size: the dense product of a full matrix, and, on CUDA, of a 2:4 one by cuSPARSELt."""
@@ -261,19 +289,23 @@ class _Run:
         outs = [torch.empty(size, size, dtype=self.out_dtype, device=self.device) for _ in range(count)]
         self.drop(case)
         make = functools.partial(bsr_rivals.multiplied, lefts, others, outs)
-        for cell in self.rival(_FULL, make, exact(left, other), case, count, self.timed):
-            cell |= {"role": "ceiling", "tflops": tflops(2 * size**3, cell["median_us"])}
-            self.tell(line(cell))
-            self.found["cells"].append(cell)
+        self.ceiling(_FULL, make, exact(left, other), case, count, "tflops")
         if _HALVED in wanted:
             lefts = [bsr_rivals.pruned(part) for part in lefts]
             self.drop(halved)
             make = functools.partial(bsr_rivals.two_of_four, lefts, others)
-            made = self.rival(_HALVED, make, exact(lefts[0], other), halved, count, self.timed)
-            for cell in made:
-                cell["dense_equivalent_tflops"] = tflops(2 * size**3, cell["median_us"])
-                self.tell(line(cell))
-            self.found["cells"] += made
+            self.ceiling(_HALVED, make, exact(lefts[0], other), halved, count, "dense_equivalent_tflops")
+
+    def ceiling(
+        self, name: str, make: Callable[[], Call], reference: torch.Tensor, case: dict[str, Any], copies: int, rate: str
+    ) -> None:
+        made = self.checked(name, make, reference, case)
+        for cell in self.timed_in_turn([made], case, copies) if made is not None else ():
+            cell[rate] = tflops(2 * case["m"] ** 3, cell["median_us"])
+            if name == _FULL:
+                cell["role"] = "ceiling"
+            self.tell(line(cell))
+            self.found["cells"].append(cell)
 
     def timed(self, call: Call | None, copies: int, *, graph: bool = True) -> dict[str, Any]:
         """Times for a cell; none for what is wrong."""
@@ -281,13 +313,6 @@ class _Run:
             return {}
         samples, how = bsr_samples.of(call, copies, self.iterations, SAMPLES_LEAST, self.device, graph=graph)
         return self.times(call, samples, how)
-
-    def both(self, ours: dict[str, Any], call: Call, other: Call, copies: int) -> dict[str, Any]:
-        """Times for a rival's cell, taken in turn with those of ours."""
-        calls = {OURS: call, DENSE: other}
-        samples, how = bsr_samples.in_turn(calls, copies, self.iterations, SAMPLES_LEAST, self.device)
-        ours |= self.times(call, samples[OURS], f"{how}, in turn")
-        return self.times(other, samples[DENSE], f"{how}, in turn")
 
     def times(self, call: Call, samples: list[float], how: str) -> dict[str, Any]:
         middle = median(samples)
@@ -302,6 +327,10 @@ class _Run:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _said(reason: Exception) -> str:
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]
 
 
 def line(cell: dict[str, Any]) -> str:

@@ -21,21 +21,12 @@ def of(call: Call, copies: int, most: int, least: int, device: str, *, graph: bo
     """Microseconds of a call, which takes a running number to choose among ``copies`` of its inputs, ``least`` to
     ``most`` of them; and how they were taken: a clock, replays of a CUDA graph, or events on a stream. ``graph``: False
     for a call that does in a graph what it does not do outside."""
-    if graph and device != "cpu":
-        once = _once(call, copies, device)
-        if once < _SLOW_US:
-            from . import timing_cuda
-
-            try:
-                return timing_cuda.rotated_us(call, copies, replays=_count(once, most, least, device)), "graph"
-            except (RuntimeError, NotImplementedError):  # a library that cannot be captured
-                torch.cuda.synchronize()
-    found, how = in_turn({"": call}, copies, most, least, device)
+    found, how = in_turn({"": call}, copies, most, least, device, graph=graph)
     return found[""], how
 
 
 def in_turn(
-    calls: Mapping[str, Call], copies: int, most: int, least: int, device: str
+    calls: Mapping[str, Call], copies: int, most: int, least: int, device: str, *, graph: bool = True
 ) -> tuple[dict[str, list[float]], str]:
     """The same of several calls whose samples alternate: a clock that drifts, drifts for all of them."""
     once = {name: _once(call, copies, device) for name, call in calls.items()}
@@ -43,6 +34,13 @@ def in_turn(
     count = _count(slowest, most, least, device)
     if device == "cpu":
         return timing.rotate(calls, count, warmup=1 if slowest > _SLOW_US else 3), "clock"
+    if graph and slowest < _SLOW_US:
+        from . import timing_cuda
+
+        try:
+            return timing_cuda.rotated_in_turn(calls, copies, replays=count), "graph"
+        except (RuntimeError, NotImplementedError):  # a library that cannot be captured
+            torch.cuda.synchronize()
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(count + 1):
         for name, call in calls.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -38,26 +38,35 @@ def graph_us(step: Callable[[], Any], calls: int, *, replays: int = REPLAYS) -> 
     """Microseconds a call of ``step``, which makes ``calls`` of them, in each of ``replays`` runs of its graph.
 
     The step runs twice outside a graph first: what is compiled or allocated once is ready then."""
+    return graphs_us({"": (step, calls)}, replays=replays)[""]
+
+
+def graphs_us(steps: Mapping[str, tuple[Callable[[], Any], int]], *, replays: int = REPLAYS) -> dict[str, list[float]]:
+    """The same of several steps, whose graphs run in turn: a clock that drifts, drifts for all of them."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, (step, _) in steps.items():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        stream.synchronize()
+        graphs[name] = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    samples = []
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     begin, end = _event(), _event()
     with torch.cuda.stream(stream):
         for i in range(_WARMUP + replays):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= _WARMUP:
-                samples.append(begin.elapsed_time(end) * 1e3 / calls)
-    graph.reset()
+            for name, (_, calls) in steps.items():
+                begin.record()
+                graphs[name].replay()
+                end.record()
+                end.synchronize()
+                if i >= _WARMUP:
+                    samples[name].append(begin.elapsed_time(end) * 1e3 / calls)
+    for graph in graphs.values():
+        graph.reset()
     return samples
 
 
@@ -77,13 +86,23 @@ def repeats(call: Callable[[int], Any], least: int = 1) -> int:
 
 def rotated_us(call: Callable[[int], Any], least: int = 1, *, replays: int = REPLAYS) -> list[float]:
     """Microseconds of ``call``, which takes a running number to choose its input by; ``least`` inputs take turns."""
-    count = repeats(call, least)
+    return rotated_in_turn({"": call}, least, replays=replays)[""]
 
-    def step() -> None:
-        for i in range(count):
-            call(i)
 
-    return graph_us(step, count, replays=replays)
+def rotated_in_turn(
+    calls: Mapping[str, Callable[[int], Any]], least: int = 1, *, replays: int = REPLAYS
+) -> dict[str, list[float]]:
+    """The same of several calls, whose graphs run in turn."""
+
+    def many(call: Callable[[int], Any], count: int) -> Callable[[], Any]:
+        def step() -> None:
+            for i in range(count):
+                call(i)
+
+        return step
+
+    counts = {name: repeats(call, least) for name, call in calls.items()}
+    return graphs_us({name: (many(call, counts[name]), counts[name]) for name, call in calls.items()}, replays=replays)
 
 
 def host_us(call: Callable[[], Any], *, calls: int = 200, rounds: int = 17) -> list[float]:
