@@ -12,8 +12,10 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memory */
 
 /* In units of 64 bytes: a page costs its bytes and this, for its share of waiting; a further list of a block this
- * much (measured: 1.8 microseconds where 35 GB/s a multiprocessor are read). */
-constexpr uint32_t PAGE_COST = 12, LIST_COST = 960;
+ * much: its warps meet twice, sums are merged, a query is laid out, and the rings are full meanwhile. That is 7
+ * microseconds where 35 GB/s a multiprocessor are read (stamps of blocks with one list and with two, in a model's
+ * decode steps at batch 8 and 32k tokens, 4 bits); from half of it to one and a half times times hardly differ. */
+constexpr uint32_t PAGE_COST = 12, LIST_COST = 3840;
 
 constexpr int MIXED_PAGES = 128; /* of a block: with more its warps stay with a class for long (kvc_share.mixed) */
 

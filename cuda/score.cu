@@ -61,6 +61,8 @@ template <typename S> __global__ void __launch_bounds__(S::threads, 2) first_ker
 constexpr int JOIN_THREADS = 256, JOIN_LANES = 8, JOIN_ROWS = JOIN_THREADS / JOIN_LANES;
 
 __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const __grid_constant__ call a) {
+    let_next_begin();
+    wait_for_previous();
     const int list = blockIdx.x / (a.padded / JOIN_ROWS);
     const int row = blockIdx.x % (a.padded / JOIN_ROWS) * JOIN_ROWS + threadIdx.x / JOIN_LANES;
     const int parts = row < view_of(a, list).rows ? a.key_parts : 0;
@@ -123,6 +125,7 @@ template <typename S> __global__ void __launch_bounds__(S::threads, 2) second_ke
 constexpr int POOL_THREADS = 256;
 
 __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constant__ call a) {
+    wait_for_previous();
     const int list = blockIdx.x % a.lists, token = blockIdx.x / a.lists * POOL_THREADS + threadIdx.x;
     if (token >= a.s) return;
     const list_view v = view_of(a, list);
@@ -179,21 +182,24 @@ template <typename S> void divide(call &a, char *workspace, int at_once, unsigne
     a.sums = (float *)(a.parts + (int64_t)a.lists * rows * a.key_parts);
 }
 
-/* pass(0) and pass(1), and what follows each. */
-template <typename Pass> cudaError_t launch(const call &a, cudaStream_t stream, Pass pass) {
+/* pass(0) and pass(1), and what follows each, which begins while the pass ends. So may pass(1): keys and queries were
+ * there before pass(0), which follows what came before it in the stream's order. */
+template <typename Pass> cudaError_t launch(const call &a, const kvc_gpu &gpu, cudaStream_t stream, Pass pass) {
     cudaError_t error = pass(0);
     if (error != cudaSuccess) return error;
-    join_kernel<<<a.lists *(a.padded / JOIN_ROWS), JOIN_THREADS, 0, stream>>>(a);
-    error = pass(1);
+    const kvc_launch join(gpu, dim3(a.lists * (a.padded / JOIN_ROWS)), dim3(JOIN_THREADS), 0, stream);
+    error = cudaLaunchKernelEx(&join.config, join_kernel, a);
+    if (error == cudaSuccess) error = pass(1);
     if (error != cudaSuccess) return error;
-    pool_kernel<<<a.lists *((a.s + POOL_THREADS - 1) / POOL_THREADS), POOL_THREADS, 0, stream>>>(a);
-    return cudaGetLastError();
+    const kvc_launch pool(gpu, dim3(a.lists * ((a.s + POOL_THREADS - 1) / POOL_THREADS)), dim3(POOL_THREADS), 0,
+                          stream);
+    return cudaLaunchKernelEx(&pool.config, pool_kernel, a);
 }
 
-template <typename S> cudaError_t launch_anywhere(call &a, char *workspace, cudaStream_t stream) {
+template <typename S> cudaError_t launch_anywhere(call &a, char *workspace, const kvc_gpu &gpu, cudaStream_t stream) {
     unsigned spans[2];
     divide<S>(a, workspace, KVC_SCORE_BLOCKS, spans);
-    return launch(a, stream, [&](int i) {
+    return launch(a, gpu, stream, [&](int i) {
         const auto kernel = i ? second_kernel<S> : first_kernel<S>;
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
@@ -202,15 +208,25 @@ template <typename S> cudaError_t launch_anywhere(call &a, char *workspace, cuda
     });
 }
 
-template <typename S> cudaError_t launch_hopper(call &a, char *workspace, int multiprocessors, cudaStream_t stream) {
+template <typename S> cudaError_t launch_hopper(call &a, char *workspace, const kvc_gpu &gpu, cudaStream_t stream) {
     unsigned spans[2];
     divide<S>(a, workspace, KVC_SCORE_BLOCKS / 2, spans);
-    return launch(a, stream, [&](int i) {
-        const auto kernel = i ? hopper_kernel<S, false> : hopper_kernel<S, true>;
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
-        if (error == cudaSuccess)
-            kernel<<<min(spans[i], multiprocessors), S::threads, S::shared_bytes, stream>>>(a, (int)spans[i]);
+    /* Whether rows stay in the second pass. The workspace has room for as many parts of the sums as a group has heads.
+     */
+    const int rows = a.group * a.w, groups = (rows + S::m_rows - 1) / S::m_rows;
+    const bool stay = groups > S::groups / 2 && groups <= S::groups && groups <= a.group;
+    if (stay) {
+        spans[1] = spans[0];
+        a.row_parts = groups;
+    }
+    return launch(a, gpu, stream, [&](int i) {
+        const auto kernel = i == 0 ? hopper_kernel<S, FIRST>
+                            : stay ? hopper_kernel<S, ROWS_HELD>
+                                   : hopper_kernel<S, KEYS_HELD>;
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+        kvc_launch launch(gpu, dim3(min(spans[i], gpu.multiprocessors)), dim3(S::threads), S::shared_bytes, stream);
+        if (i == 0) launch.config.numAttrs = 0;
+        if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, kernel, a, (int)spans[i]);
         return error;
     });
 }
@@ -219,8 +235,8 @@ template <int DTYPE, int D>
 cudaError_t launch_shape(call &a, char *workspace, const kvc_gpu &gpu, cudaStream_t stream) {
     if constexpr (DTYPE != KVC_FLOAT32 && D <= 128)
         if (kvc_has_wgmma(gpu) && a.queries.pieces && a.keys.pieces && !a.capped)
-            return launch_hopper<hopper_shape<DTYPE, D>>(a, workspace, gpu.multiprocessors, stream);
-    return launch_anywhere<shape<DTYPE, D>>(a, workspace, stream);
+            return launch_hopper<hopper_shape<DTYPE, D>>(a, workspace, gpu, stream);
+    return launch_anywhere<shape<DTYPE, D>>(a, workspace, gpu, stream);
 }
 
 template <int DTYPE>

@@ -226,6 +226,32 @@ __device__ __forceinline__ void add_to_tokens(float (&sum)[M][2], const float (&
     }
 }
 
+/* The same with rows held (of each lane two: reference, 1 / denominator) and 64 keys passing by: this lane's two of the
+ * columns' sums over the warp's 16 rows, from column_of(lane) on. */
+__device__ __forceinline__ float2 columns_of_rows(const float (&x)[1][8][4], const float2 (&rows)[2], float scale) {
+    float sum[8][2];
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            sum[n][i] = fmaf(exp2_fast(fmaf(x[0][n][i + 2], scale, -rows[1].x)), rows[1].y,
+                             exp2_fast(fmaf(x[0][n][i], scale, -rows[0].x)) * rows[0].y);
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) { /* of what is left each of two lanes takes one half over from the other */
+        const bool upper = threadIdx.x & 4 * half;
+#pragma unroll
+        for (int n = 0; n < half; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float given = upper ? sum[n][i] : sum[n + half][i];
+                sum[n][i] = (upper ? sum[n + half][i] : sum[n][i]) + __shfl_xor_sync(ALL, given, 4 * half);
+            }
+    }
+    return make_float2(sum[0][0], sum[0][1]);
+}
+
+__device__ __forceinline__ int column_of(int lane) { return 8 * (lane >> 2) + 2 * (lane & 3); }
+
 __device__ __forceinline__ void write_tokens(const call &a, const span &p, int token, float (&total)[2]) {
     float *out = a.sums + ((int64_t)p.list * a.row_parts + p.part) * a.s;
 #pragma unroll

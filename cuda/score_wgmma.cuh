@@ -6,6 +6,10 @@
  * four warps have 64 held rows each as fragments in registers: while the tensor cores make one group's product, the
  * others take exponentials of theirs.
  *
+ * The second pass holds keys, as score.cu's does, unless a block holds all of a list's rows (more than 128 of them):
+ * then these stay, keys pass by once more, and a tile's columns are summed up over a warpgroup's rows: spans of 256
+ * keys would let no more than four tiles of rows pass by each.
+ *
  * Rows lie in shared memory piece by piece: 16 bytes of all rows, then the next 16 of all. Eight rows' pieces are the
  * 128 bytes that copies, ldmatrix and wgmma (no swizzle) want together.
  *
@@ -23,16 +27,22 @@ template <int DTYPE, int D> struct hopper_shape {
     static constexpr int held = m_rows * groups, passing = 64;
     static constexpr int copiers = 128, threads = 128 * groups + copiers;
     static constexpr int held_bytes = 16 * pieces * held, tile_bytes = 16 * pieces * passing;
-    static constexpr int pair_bytes = 8 * passing; /* that go with a tile's rows in the second pass */
-    static constexpr int ring = 5, ahead = 2;      /* tiles; copies under way before the oldest is waited for */
+    static constexpr int pair_bytes = 8 * passing;                 /* that go with a tile's rows in the second pass */
+    static constexpr int column_floats = groups * 2 * 4 * passing; /* sums of a tile's columns: two of every warp's */
+    static constexpr int ring = 5, ahead = 2; /* tiles; copies under way before the oldest is waited for */
     static constexpr int tiles = 2 * held_bytes, pairs = tiles + ring * tile_bytes; /* where they begin */
-    static constexpr int full = pairs + ring * pair_bytes; /* barriers: of tiles that have come, */
-    static constexpr int empty = full + 8 * ring;          /* have been used, */
-    static constexpr int held_read = empty + 8 * ring;     /* of held rows that are in registers, two */
+    static constexpr int columns = pairs + ring * pair_bytes;
+    static constexpr int full = columns + 4 * column_floats; /* barriers: of tiles that have come, */
+    static constexpr int empty = full + 8 * ring;            /* have been used, */
+    static constexpr int held_read = empty + 8 * ring;       /* of held rows that are in registers, two */
     static constexpr int shared_bytes = held_read + 2 * 8;
     static_assert(D % 16 == 0 && shared_bytes <= 227 << 10, "whole steps, a block's shared memory");
     static_assert(held <= KVC_SCORE_BLOCK_ROWS && passing >= KVC_SCORE_TILE_ROWS, "the workspace is enough");
 };
+
+/* What a kernel is: the first pass; the second one with keys held; the second one with rows held, as in the first,
+ * where one block holds all of a list's and there is a part of the sums for each of its warpgroups. */
+enum { FIRST, KEYS_HELD, ROWS_HELD };
 
 #ifdef KVC_HOPPER
 
@@ -113,12 +123,12 @@ template <typename S> struct place {
     }
 };
 
-template <typename S, bool FIRST> __device__ __forceinline__ span span_of(const call &a, int block) {
-    return FIRST ? first_span<S>(a, block) : second_span<S>(a, block);
+template <typename S, int PASS> __device__ __forceinline__ span span_of(const call &a, int block) {
+    return PASS == KEYS_HELD ? second_span<S>(a, block) : first_span<S>(a, block);
 }
 
 /* The copying warps. */
-template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(const call &a, int spans, uint32_t base) {
+template <typename S, int PASS> __device__ __forceinline__ void copy_spans(const call &a, int spans, uint32_t base) {
     const int thread = threadIdx.x - 128 * S::groups;
     place<S> to, come;                         /* where the next tile goes; the oldest that is under way */
     int under_way = 0, tiles = 0, held_at = 0; /* tiles: of the span before */
@@ -132,8 +142,9 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
         copies_wait<0>();
         for (; under_way > 0; under_way--) publish();
     };
+    bool waited = false;
     for (int block = blockIdx.x; block < spans; block += gridDim.x) {
-        const span p = span_of<S, FIRST>(a, block);
+        const span p = span_of<S, PASS>(a, block);
         if (!p.there || p.begin >= p.end) continue;
         /* The held rows of two spans ago have been read once the first tile of theirs is known to be there: it is,
          * where more tiles have followed than may be under way. */
@@ -145,17 +156,19 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
         if (held_at == 0) held_parity ^= 1;
         const key_rows keys = keys_of(a, p.v, p.list);
         const query_rows queries = queries_of(a, p.v, p.list);
-        if constexpr (FIRST)
-            copy_rows<S, S::held>(held, queries, p.low);
-        else
+        if constexpr (PASS == KEYS_HELD)
             copy_rows<S, S::held>(held, keys, p.low);
+        else
+            copy_rows<S, S::held>(held, queries, p.low);
         for (int tile = p.begin; tile < p.end; tile++) {
             barrier_wait(base + S::empty + 8 * to.at, to.parity ^ 1);
             const uint32_t there = base + S::tiles + to.at * S::tile_bytes;
-            if constexpr (FIRST) {
+            if constexpr (PASS != KEYS_HELD) {
                 copy_rows<S, S::passing>(there, keys, tile * S::passing);
             } else {
                 copy_rows<S, S::passing>(there, queries, tile * S::passing);
+                if (!waited) wait_for_previous(); /* for what is known of the rows */
+                waited = true;
                 if (thread < S::passing / 2)
                     copy_piece(base + S::pairs + to.at * S::pair_bytes + 16 * thread,
                                a.rows + (int64_t)p.list * a.padded + tile * S::passing + 2 * thread, true);
@@ -173,24 +186,46 @@ template <typename S, bool FIRST> __device__ __forceinline__ void copy_spans(con
     publish_all();
 }
 
+/* A tile's columns, summed up over the rows of a warpgroup and written. */
+template <typename S>
+__device__ __forceinline__ void write_columns(const call &a, const span &p, int tile, const float (&x)[1][8][4],
+                                              const float2 (&rows)[2], float *shared, int &turn) {
+    const int lane = threadIdx.x & 31, group = threadIdx.x / 128, thread = threadIdx.x & 127;
+    const float2 sum = columns_of_rows(x, rows, a.scale);
+    float *const mine = shared + (2 * group + turn) * 4 * S::passing; /* two: one is read while the other is written */
+    turn ^= 1;
+    *(float2 *)(mine + thread / 32 * S::passing + column_of(lane)) = sum;
+    named_barrier(1 + group, 128);
+    const int token = tile * S::passing + thread;
+    if (thread < S::passing && token < a.s)
+        a.sums[((int64_t)p.list * a.row_parts + group) * a.s + token] =
+            (mine[thread] + mine[S::passing + thread]) +
+            (mine[2 * S::passing + thread] + mine[3 * S::passing + thread]);
+}
+
 /* The warps that multiply. */
-template <typename S, bool FIRST>
-__device__ __forceinline__ void multiply_spans(const call &a, int spans, const char *shared, uint32_t base) {
+template <typename S, int PASS>
+__device__ __forceinline__ void multiply_spans(const call &a, int spans, char *shared, uint32_t base) {
     const int lane = threadIdx.x & 31, mine = threadIdx.x / 32 * 16;
     place<S> at;
-    int held_at = 0;
+    int held_at = 0, turn = 0;
+    if (PASS == ROWS_HELD) wait_for_previous(); /* for what is known of the rows */
     for (int block = blockIdx.x; block < spans; block += gridDim.x) {
-        const span p = span_of<S, FIRST>(a, block);
+        const span p = span_of<S, PASS>(a, block);
         if (!p.there) continue;
         const list_view &v = p.v;
         const int row = p.low + mine + (lane >> 2);
         float most[1][2], total[1][2];
+        float2 known_rows[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             most[0][i] = -CUDART_INF_F;
             total[0][i] = 0.0f;
+            known_rows[i] = make_float2(0.0f, 0.0f);
+            if (PASS == ROWS_HELD && row + 8 * i < a.padded)
+                known_rows[i] = __ldcg(a.rows + (int64_t)p.list * a.padded + row + 8 * i);
         }
-        const int bound = FIRST ? end_of(a, v, p.low) : begin_of(a, v, min(p.low + S::held, a.s) - 1);
+        const int bound = PASS == KEYS_HELD ? begin_of(a, v, min(p.low + S::held, a.s) - 1) : end_of(a, v, p.low);
         if (p.begin < p.end) {
             uint32_t held[S::steps][4];
             barrier_wait(base + S::full + 8 * at.at, at.parity); /* with the span's first tile come its held rows */
@@ -212,13 +247,7 @@ __device__ __forceinline__ void multiply_spans(const call &a, int spans, const c
                     if (lane == 0) barrier_arrive(base + S::empty + 8 * at.at);
                 };
                 const int column = tile * S::passing + 2 * (lane & 3);
-                if constexpr (FIRST) {
-                    used();
-                    if (tile * S::passing < v.first || (tile + 1) * S::passing > bound)
-                        mask(x, a, column,
-                             [&](int, int half) { return make_int2(v.first, end_of(a, v, row + 8 * half)); });
-                    add_to_rows(most, total, x, a.scale);
-                } else {
+                if constexpr (PASS == KEYS_HELD) {
                     if (tile * S::passing < bound)
                         mask(x, a, column,
                              [&](int, int half) { return make_int2(begin_of(a, v, row + 8 * half), INT_MAX); });
@@ -228,24 +257,34 @@ __device__ __forceinline__ void multiply_spans(const call &a, int spans, const c
 #pragma unroll
                     for (int i = 0; i < 2; i++) total[0][i] += sum[0][i];
                     used();
+                } else {
+                    used();
+                    if (tile * S::passing < v.first || (tile + 1) * S::passing > bound)
+                        mask(x, a, column,
+                             [&](int, int half) { return make_int2(v.first, end_of(a, v, row + 8 * half)); });
+                    if constexpr (PASS == FIRST)
+                        add_to_rows(most, total, x, a.scale);
+                    else if (threadIdx.x / 128 < a.row_parts)
+                        write_columns<S>(a, p, tile, x, known_rows, (float *)(shared + S::columns), turn);
                 }
                 at.next();
             }
         }
-        if constexpr (FIRST)
+        if constexpr (PASS == FIRST)
             write_rows(a, p, row, most[0], total[0]);
-        else
+        else if constexpr (PASS == KEYS_HELD)
             write_tokens(a, p, row, total[0]);
     }
 }
 
 #endif
 
-template <typename S, bool FIRST>
+template <typename S, int PASS>
 __global__ void __launch_bounds__(S::threads, 1) hopper_kernel(const __grid_constant__ call a, int spans) {
 #ifdef KVC_HOPPER
     extern __shared__ __align__(128) char shared[];
     const uint32_t base = shared_address(shared);
+    let_next_begin();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::ring; i++) {
             barrier_init(base + S::full + 8 * i, S::copiers);
@@ -257,10 +296,10 @@ __global__ void __launch_bounds__(S::threads, 1) hopper_kernel(const __grid_cons
     __syncthreads();
     if (threadIdx.x >= 128 * S::groups) {
         registers_give<32>();
-        copy_spans<S, FIRST>(a, spans, base);
+        copy_spans<S, PASS>(a, spans, base);
     } else {
         registers_take<112>();
-        multiply_spans<S, FIRST>(a, spans, shared, base);
+        multiply_spans<S, PASS>(a, spans, shared, base);
     }
 #endif
 }

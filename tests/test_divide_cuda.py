@@ -20,7 +20,7 @@ pytestmark = [
 
 LAYOUT = (128, 128, 1, 1, 0)
 # Bytes that a page, and a list that a block begins, may be charged beyond those that are read.
-PAGE_CHARGE, LIST_CHARGE = 1 << 10, 64 << 10
+PAGE_CHARGE, LIST_CHARGE = 1 << 10, 240 << 10
 MIXED_PAGES = 128  # divide.cu
 
 
