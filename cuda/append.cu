@@ -35,8 +35,8 @@ struct state {
 
 __device__ int64_t list_of(const append_job &a, int sequence) { return (int64_t)sequence * a.heads + blockIdx.y; }
 
-__device__ const char *rows_of(const append_job &a, int sequence) {
-    const rows &half = a.rows.half[threadIdx.y];
+__device__ const char *rows_of(const append_job &a, int sequence, int value) {
+    const rows &half = a.rows.half[value];
     return half.data + sequence * half.b + blockIdx.y * half.h;
 }
 
@@ -186,7 +186,7 @@ __device__ void add_rows(const append_job &a, int64_t i, state &s, near_pages ne
 #pragma unroll 1
     for (int k = threadIdx.x / 32; k < count; k += THREADS / 32) {
         token_row<TILES> row;
-        row.fetch(a.rows.half[value], rows_of(a, blockIdx.x) + (first + k) * a.rows.half[value].s);
+        row.fetch(a.rows.half[value], rows_of(a, blockIdx.x, value) + (first + k) * a.rows.half[value].s);
         row.widen(a.rows.half[value]);
         if (a.rows.rotation == KVC_ROTATE_HADAMARD) row.rotate();
         row.store(page_of(a.rows, unit_of((start + k) / KVC_TAIL_TOKENS)) + (value ? a.rows.tail_half_bytes : 0), value,
@@ -201,6 +201,31 @@ __device__ void add_rows(const append_job &a, int64_t i, state &s, near_pages ne
     s.list.tokens += count;
 }
 
+/* Before the kernels ahead are done: what will most likely be read comes into the L2. They may yet write to it, so what
+ * is loaded here, past the L1, says where to ask for more, and nothing else. For one warp: the others, which wait for
+ * those kernels meanwhile, go on without it where nothing is ahead. */
+template <int TILES> __device__ void ask_ahead(const append_job &a) {
+    const int64_t i = list_of(a, blockIdx.x);
+    const int lane = threadIdx.x & 31, row_bytes = TILES * KVC_TILE * (a.rows.half[0].dtype == KVC_FLOAT32 ? 4 : 2);
+    const int4 list = __ldcg((const int4 *)a.lists + i);
+    const int2 left = __ldcg((const int2 *)a.left + i);
+    const uchar2 bits = __ldcg((const uchar2 *)a.classes + i);
+    if (a.valid && lane == 0) prefetch(a.valid + blockIdx.x);
+    if (a.q == 1)
+#pragma unroll
+        for (int value = 0; value < 2; value++)
+            for (int at = 32 * lane; at < row_bytes; at += 32 * 32) prefetch(rows_of(a, blockIdx.x, value) + at);
+    const state s = {{list.x, list.y, list.z, list.w}, left.x, left.y, bits.x, bits.y, 0};
+    const auto ask = [=](const auto *row, int at, int room) {
+        if ((uint32_t)at < (uint32_t)room) prefetch(row + i * room + at);
+    };
+    if (lane == 0) ask(a.pool_tail, s.left_tail - 1, a.tail_room);
+    if (lane == 1) ask(a.table, s.list.pages - 1, a.capacity);
+    if (!s.flushes(a.window)) return;
+    if (lane < TAIL_PAGES) ask(a.table, s.list.tail_page + lane, a.capacity);
+    if (lane == TAIL_PAGES) ask(a.pool_packed, s.left_packed - 1, a.packed_room);
+}
+
 /* One new token that makes no page; false: another way has to be taken. */
 template <int TILES> __device__ bool append_one(const append_job &a) {
     /* Plus a zero that the compiler does not see through: it would take the state through uniform registers, one wait
@@ -209,7 +234,7 @@ template <int TILES> __device__ bool append_one(const append_job &a) {
     const int64_t i = list_of(a, sequence);
     const int4 list = ((const int4 *)a.lists)[i];
     token_row<TILES> row;
-    if (threadIdx.x < 32) row.fetch(a.rows.half[value], rows_of(a, sequence));
+    if (threadIdx.x < 32) row.fetch(a.rows.half[value], rows_of(a, sequence, value));
     state s = load_state(a, i, sequence, list);
     if (s.flushes(a.window)) return false;
     uint2 *const slots = (uint2 *)a.table + i * a.capacity;
@@ -279,6 +304,7 @@ template <int TILES, int EACH>
 __global__ void __launch_bounds__(2 * THREADS, TILES > 8 ? 1 : 2) append_kernel(const __grid_constant__ append_job a) {
     __shared__ uint4 stage[2 * KVC_PAGE_TOKENS * TILES * KVC_TILE / sizeof(uint4)];
     __shared__ float4 noise[2 * THREADS / 32 * NOISE / 4];
+    if (flat_thread() >= 2 * THREADS - 32) ask_ahead<TILES>(a);
     wait_for_previous(); /* before the next may begin: it may rely on what came before this kernel */
     let_next_begin();
     if (a.q == 1 && append_one<TILES>(a)) return;

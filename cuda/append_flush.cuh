@@ -34,13 +34,16 @@ __device__ const char *tail_half(const call &a, uint32_t unit, int value) {
     return (const char *)a.arena + (int64_t)unit * KVC_UNIT + (value ? a.tail_half_bytes : 0);
 }
 
-/* Asks for a half of a tail page, as near as it can be without registers: 32 bytes each time. */
+/* Asks for 32 bytes, as near as they can be without registers. */
+__device__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+/* Asks for a half of a tail page. */
 template <int HEAD> __device__ void prefetch_half(const char *half) {
     constexpr int BYTES = 2 * KVC_TILE * KVC_TILE * HEAD;
 #pragma unroll
     for (int at = 0; at < BYTES; at += 32 * 32) {
         const int mine = at + 32 * (threadIdx.x & 31);
-        if (BYTES % 1024 == 0 || mine < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(half + mine));
+        if (BYTES % 1024 == 0 || mine < BYTES) prefetch(half + mine);
     }
 }
 
@@ -67,16 +70,17 @@ struct place {
     int lane, value;
     int owned;     /* the token, of the tail page's, whose scale this lane makes */
     int from[4];   /* owners of the tokens of elements 0..3 (V), or of 0, 0, 4, 4 (K) */
-    int far[4];    /* lanes between the two that a number of tree_to_owner's is of, step by step; 0: it is all here */
+    int far[4];    /* lanes between the two that a number of gather's is of, step by step; 0: it is all here */
     bool takes[3]; /* and whether this one goes on with the second of each two numbers */
     __device__ explicit place(int value)
         : lane(threadIdx.x & 31), value(value), owned(value ? owned_token<1>(lane) : owned_token<0>(lane)),
           far{value ? 0 : 2, value ? 16 : 1, value ? 8 : 0, value ? 4 : 1},
           takes{(lane & far[0]) != 0, (lane & far[1]) != 0, (lane & far[2]) != 0} {
 #pragma unroll
-        for (int i = 0; i < 4; i++) from[i] = value ? owner_of<1>(lane, slot_of<1>(i)) : owner_of<0>(lane, i >> 1);
+        for (int i = 0; i < 4; i++) from[i] = value ? owner_of<1>(lane, v_slot_of(i)) : owner_of<0>(lane, i >> 1);
     }
-    /* tree_to_owner. A number that is all here is given to oneself. */
+    /* Of a number for each element: f over the tile's channels of each token, at its owners, as a tree with strides 8,
+     * 4, 2, 1. A number that is all here is given to oneself. */
     template <typename function> __device__ float gather(const float (&v)[8], function f) const {
         float four[4], two[2];
 #pragma unroll
@@ -321,9 +325,8 @@ __device__ void flush_tile(const call &a, const job &it, const char *half, int b
     uint4 raw[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; j++) raw[j] = in[32 * j];
-    if constexpr (TILES < HEAD) /* the other groups', as near as they can be without registers */
-        for (int at = 128 * lane; at < 512 * HEAD; at += 128 * 32)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(half + at));
+    if constexpr (TILES < HEAD) /* the other groups' */
+        for (int at = 128 * lane; at < 512 * HEAD; at += 128 * 32) prefetch(half + at);
     uint32_t *to = stage + tile * 32 * HEAD + lane;
     uint8_t *step = it.scales + kvc_scale_offset(&a.layout, KVC_PAGE_TOKENS, 0, KVC_TILE * tile + here.owned);
 #pragma unroll 1
@@ -370,7 +373,7 @@ __device__ void read_half(const call &a, const job &it, const kvc_page *tail, in
 }
 
 template <int HEAD> __device__ void write_half(const job &it, const uint32_t *stage) {
-    if (it.bits != 16) write_tile_words<HEAD>(it.words, stage, it.bits, it.value);
+    if (it.bits != 16) write_tile_words<HEAD>(it.words, stage, it.bits, false);
 }
 
 } // namespace

@@ -6,9 +6,12 @@
  * rounds two values to units. Times a Hadamard matrix of +-HIGH they are ordinary numbers again. The matrix is that of
  * 32 channels; what is left of a rotation, 2, 4 or 8 such sums, are additions in registers.
  *
- * K is (tokens x channels) times the matrix, V the matrix times (channels x tokens); with the channels of an
- * instruction in the right order, a lane's results are the 8 elements of a tile that format.h gives to this lane, so
- * codes become words in registers. Lane 4*g + t loads 16 bytes, channels 8t .. 8t+7 of every 32, of tokens g and g + 8.
+ * K and V take the same instructions, one after the other: two copies of them are more than the instruction caches of a
+ * multiprocessor hold. Lane 4*g + t loads 16 bytes, channels 8t .. 8t+7 of every 32, of tokens g and g + 8; (tokens x
+ * channels) times the matrix gives it four channels of every tile of these two tokens, and the order of the matrix's
+ * columns says which. K's are those of the 8 elements that format.h gives to this lane, so codes become words in
+ * registers. V's are 2t, 2t + 1, 2t + 8 and 2t + 9: each 16 bits of a word are of channels g and g + 8 and tokens j and
+ * j + 8, and format.h's words come of turning matrices of these (`ldmatrix`).
  */
 #pragma once
 #include "pack_lanes.cuh"
@@ -63,61 +66,90 @@ template <int HALF> __device__ uint32_t multiply(uint32_t x, uint32_t by) {
 
 __device__ uint32_t &word_of(uint4 &v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
 
-/* ---- where things lie: VALUE 0 is K, 1 is V; y[n][u][c] is element c of lane's part of an instruction n = 0, 1 */
+/* ---- where things lie: y[n][u][c] is element c of lane's part of an instruction n = 0, 1 */
 
-/* format.h's number of the element. */
-template <int VALUE> __device__ constexpr int element(int n, int c) {
-    return VALUE ? n + 2 * (c & 1) + 4 * (c >> 1) : 2 * n + c % 2 + 4 * (c >> 1);
+constexpr int SLOTS = 2; /* tokens of a lane: g and g + 8 */
+__device__ constexpr int slot_of(int c) { return c >> 1; }
+/* format.h's number of the element, for K. */
+__device__ constexpr int element(int n, int c) { return 2 * n + c % 2 + 4 * (c >> 1); }
+
+/* f over the lanes and slots of each token, at its owners. f is the same in any order. */
+template <typename function> __device__ float to_owner(const float (&v)[SLOTS], int lane, function f) {
+    const bool far = lane & 2;
+    const float one = f(far ? v[1] : v[0], __shfl_xor_sync(ALL, far ? v[0] : v[1], 2));
+    return f(one, __shfl_xor_sync(ALL, one, 1));
+}
+
+/* The sum of a number for each element, as a tree over the tile's channels: strides 8, 4, 2, 1. */
+__device__ float tree_to_owner(const float (&v)[8], int lane, int value) {
+    const bool far = lane & 2, odd = lane & 1;
+    const auto meet = [](float mine, float sent, int stride) { return mine + __shfl_xor_sync(ALL, sent, stride); };
+    float two[2];
+    if (value) { /* 8: columns c, 4 and 2: lanes, 1: n */
+        float four[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = v[2 * i] + v[2 * i + 1];
+#pragma unroll
+        for (int n = 0; n < 2; n++) two[n] = meet(far ? four[2 + n] : four[n], far ? four[n] : four[2 + n], 2);
+        const float one = meet(odd ? two[1] : two[0], odd ? two[0] : two[1], 1);
+        return meet(one, one, 1);
+    }
+    float four[4]; /* 8 and 4: lanes, 2: n, 1: columns */
+#pragma unroll
+    for (int i = 0; i < 4; i++) four[i] = meet(far ? v[4 + i] : v[i], far ? v[i] : v[4 + i], 2);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        two[n] = meet(odd ? four[2 * n + 1] : four[2 * n], odd ? four[2 * n] : four[2 * n + 1], 1);
+    const float one = two[0] + two[1];
+    return meet(one, one, 1);
+}
+
+__device__ void from_owner(float (&out)[SLOTS], float v, int lane) {
+#pragma unroll
+    for (int k = 0; k < SLOTS; k++) out[k] = __shfl_sync(ALL, v, owner_of<0>(lane, k));
 }
 
 /* ---- rotation */
 
-/* This lane's part of the matrix of 32 channels, for the first and the second half (h) of its 8 loaded channels and
- * even channel tiles; odd ones differ by `odd`. K uses one register of each four. */
-template <int HALF, int VALUE> struct hadamard {
-    uint32_t part[2][4], odd;
-    __device__ explicit hadamard(int lane) {
+/* This lane's part of the matrix of 32 channels, for even channel tiles; odd ones differ by `odd`. From the lowest up,
+ * bits of a loaded channel's number are its place in a word, the word r, the half h and two of t; those of a column's
+ * are K's g & 1, n and two of g >> 1, or V's n, two of g >> 1 and g & 1. Each bit that both have changes the sign. */
+template <int HALF> struct hadamard {
+    uint32_t first, halves, words, second[2], odd;
+    __device__ explicit hadamard(int lane, int value) {
         const int g = lane >> 2, t = lane & 3;
-        constexpr uint32_t pair = format16<HALF>::HIGH * 0x10001u, minus = 0x80008000u;
-        const uint32_t first = pair ^ (g & 1 ? 0x80000000u : 0u);
+        constexpr uint32_t pair = format16<HALF>::HIGH * 0x10001u, minus = 0x80008000u, place = 0x80000000u;
+        first = pair ^ (!value && g & 1 ? place : 0) ^ (t & (value ? g : g >> 2) & 1 ? minus : 0);
+        halves = (value ? g >> 2 : g >> 1) & 1 ? minus : 0;
+        words = value && g & 2 ? minus : 0;
+        second[0] = value ? place : 0;
+        second[1] = value ? place : minus;
         odd = t & 2 ? minus : 0;
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int bits = VALUE ? (h & g >> 2) ^ (r & t & 1) ^ (r >> 1 & g >> 1) : (h & g >> 1) ^ (t & g >> 2);
-                part[h][r] = first ^ (bits & 1 ? minus : 0);
-            }
+    }
+    __device__ uint32_t at(int h, int r, int n) const {
+        return first ^ (h ? halves : 0) ^ (r ? words : 0) ^ (n ? second[r] : 0);
     }
 };
 
 /* y[n][u]: elements of channel tile 2*u (flip 0) or 2*u + 1 (flip: matrix.odd), in units of 1 / UNITS. Without LAST
  * they are sums and differences of such y[n][i] and y[n][i + TILES / 4]. */
-template <int TILES, int HALF, int VALUE, bool LAST = true>
-__device__ void rotate_tiles(float (&y)[2][TILES / 2][4], uint4 (&rows)[2][TILES / 2],
-                             const hadamard<HALF, VALUE> &matrix, uint32_t flip) {
+template <int TILES, int HALF, bool LAST = true>
+__device__ void rotate_tiles(float (&y)[2][TILES / 2][4], uint4 (&rows)[2][TILES / 2], const hadamard<HALF> &matrix,
+                             uint32_t flip) {
 #pragma unroll
-    for (int i = 0; i < TILES / 2; i++) {
+    for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int i = 0; i < TILES / 2; i++) {
+            const uint32_t tokens[4] = {word_of(rows[0][i], 2 * h), word_of(rows[1][i], 2 * h),
+                                        word_of(rows[0][i], 2 * h + 1), word_of(rows[1][i], 2 * h + 1)};
 #pragma unroll
-            for (int c = 0; c < 4; c++) y[n][i][c] = 0.0f;
+            for (int n = 0; n < 2; n++) {
+                if (h == 0)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const uint32_t near[2] = {word_of(rows[0][i], 2 * h), word_of(rows[0][i], 2 * h + 1)};
-            const uint32_t far[2] = {word_of(rows[1][i], 2 * h), word_of(rows[1][i], 2 * h + 1)};
-            if constexpr (VALUE) {
-                const uint32_t a[4] = {matrix.part[h][0] ^ flip, matrix.part[h][1] ^ flip, matrix.part[h][2] ^ flip,
-                                       matrix.part[h][3] ^ flip};
-                format16<HALF>::multiply_add(y[0][i], a, near[0], near[1]);
-                format16<HALF>::multiply_add(y[1][i], a, far[0], far[1]);
-            } else {
-                const uint32_t a[4] = {near[0], far[0], near[1], far[1]}, b = matrix.part[h][0] ^ flip;
-                format16<HALF>::multiply_add(y[0][i], a, b, b);
-                format16<HALF>::multiply_add(y[1][i], a, b, b ^ 0x80008000u);
+                    for (int c = 0; c < 4; c++) y[n][i][c] = 0.0f;
+                format16<HALF>::multiply_add(y[n][i], tokens, matrix.at(h, 0, n) ^ flip, matrix.at(h, 1, n) ^ flip);
             }
         }
-    }
 #pragma unroll
     for (int stride = 1; stride < (LAST ? TILES / 2 : TILES / 4); stride *= 2)
 #pragma unroll
@@ -228,9 +260,9 @@ __device__ void scale_rows(token_facts &facts, uint4 (&rows)[2][TILES / 2], bool
 /* ---- codes */
 
 /* A lane's codes of its tiles into the stage. */
-template <int TILES, int VALUE, bool EIGHT>
-__device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4], const float (&slope)[SLOTS<VALUE>],
-                             const float (&offset)[SLOTS<VALUE>], float most) {
+template <int TILES, bool EIGHT>
+__device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4], const float (&slope)[SLOTS],
+                             const float (&offset)[SLOTS], float most) {
 #pragma unroll
     for (int u = 0; u < TILES / 2; u++) {
         uint32_t code[8];
@@ -238,11 +270,48 @@ __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4],
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const int k = slot_of<VALUE>(element<VALUE>(n, c));
-                code[element<VALUE>(n, c)] = __float_as_uint(code_of(__fmaf_rn(y[n][u][c], slope[k], offset[k]), most));
+                const int k = slot_of(c);
+                code[element(n, c)] = __float_as_uint(code_of(__fmaf_rn(y[n][u][c], slope[k], offset[k]), most));
             }
         put_tile(plane + 64 * u, STAGE_TILES * 32 * TILES, code, EIGHT);
     }
+}
+
+/* Least and greatest of each slot's numbers, two more with each instruction: of floats read as signed integers the
+ * greatest is the greatest, and of unsigned ones the least, where there are numbers of that sign. */
+template <int TILES>
+__device__ void range_of_held(float (&low)[SLOTS], float (&high)[SLOTS], const float (&y)[2][2][TILES / 2][4]) {
+    uint32_t least[SLOTS], most[SLOTS];
+    const auto each_slot = [&](auto visit) {
+#pragma unroll
+        for (int k = 0; k < SLOTS; k++)
+#pragma unroll
+            for (int u = 0; u < TILES / 2; u++)
+#pragma unroll
+                for (int odd = 0; odd < 2; odd++)
+#pragma unroll
+                    for (int n = 0; n < 2; n++) visit(k, y[odd][n][u][2 * k], y[odd][n][u][2 * k + 1]);
+    };
+    bool mixed = true;
+#pragma unroll
+    for (int k = 0; k < SLOTS; k++) least[k] = most[k] = __float_as_uint(y[0][0][0][2 * k]);
+    each_slot([&](int k, float a, float b) {
+        least[k] = __vimax3_u32(least[k], __float_as_uint(a), __float_as_uint(b));
+        most[k] = (uint32_t)__vimax3_s32((int)most[k], __float_as_int(a), __float_as_int(b));
+    });
+#pragma unroll
+    for (int k = 0; k < SLOTS; k++) {
+        low[k] = __uint_as_float(least[k]);
+        high[k] = __uint_as_float(most[k]);
+        mixed &= (int)least[k] <= 0 && (int)most[k] >= 0;
+    }
+    if (mixed) return; /* nearly always */
+#pragma unroll
+    for (int k = 0; k < SLOTS; k++) low[k] = high[k] = y[0][0][0][2 * k];
+    each_slot([&](int k, float a, float b) {
+        low[k] = fminf(low[k], fminf(a, b));
+        high[k] = fmaxf(high[k], fmaxf(a, b));
+    });
 }
 
 /* ---- one half of a page, but for the last step: words from the stage, after a barrier */
@@ -251,7 +320,7 @@ __device__ void encode_tiles(uint32_t *plane, const float (&y)[2][TILES / 2][4],
  * fit; else each pass rotates again. */
 template <int TILES, int SCALE> constexpr bool HOLD = SCALE != KVC_SCALE_SIGMA && TILES <= 8;
 
-template <int TILES, int HALF, int SCALE, int VALUE>
+template <int TILES, int HALF, int SCALE>
 __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const job &it, const int (&tokens)[2]) {
     constexpr int CHANNELS = TILES * KVC_TILE;
     constexpr float UNITS = format16<HALF>::UNITS;
@@ -261,30 +330,23 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
     uint4 rows[2][TILES / 2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const uint4 *in = (const uint4 *)(it.base + tokens[r] * it.stride) + (lane & 3);
+        const char *in = it.base + 16 * (lane & 3) + tokens[r] * it.stride;
 #pragma unroll
-        for (int i = 0; i < TILES / 2; i++) rows[r][i] = tokens[r] >= 0 ? __ldcs(in + 4 * i) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < TILES / 2; i++)
+            rows[r][i] = tokens[r] >= 0 ? __ldcs((const uint4 *)(in + 64 * i)) : make_uint4(0, 0, 0, 0);
     }
     constexpr bool searches = SCALE == KVC_SCALE_SEARCH;
     const bool range = SCALE != KVC_SCALE_SIGMA || bits >= 8;
     token_facts facts;
     scale_rows<TILES, HALF>(facts, rows, !range, zero_point);
-    facts.mid = tokens[lane >> 1 & 1] >= 0 ? mid : 0.0f;
-    if (VALUE) { /* from the quad that loaded the token to the lanes that own it */
-        const int token = owned_token<1>(lane), from = 4 * (token & 7) + (token >> 3) * 2;
-        facts.mid = __shfl_sync(ALL, facts.mid, from);
-        facts.row.factor = __shfl_sync(ALL, facts.row.factor, from);
-        facts.row.first = __shfl_sync(ALL, facts.row.first, from);
-        if (searches) facts.row.first_unit = __shfl_sync(ALL, facts.row.first_unit, from);
-        if (!range) facts.row.squares = __shfl_sync(ALL, facts.row.squares, from);
-    }
+    facts.mid = (lane & 2 ? tokens[1] : tokens[0]) >= 0 ? mid : 0.0f;
     facts.row.factor *= UNITS; /* as y */
 
-    const hadamard<HALF, VALUE> matrix(lane);
+    const hadamard<HALF> matrix(lane, it.value);
     float held[HOLD<TILES, SCALE> ? 2 : 1][2][TILES / 2][4];
     if constexpr (HOLD<TILES, SCALE>) {
-        rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, 0);
-        rotate_tiles<TILES, HALF, VALUE>(held[1], rows, matrix, matrix.odd);
+        rotate_tiles<TILES, HALF>(held[0], rows, matrix, 0);
+        rotate_tiles<TILES, HALF>(held[1], rows, matrix, matrix.odd);
     }
     /* visit(odd, y) */
     const auto each_y = [&](auto visit) {
@@ -294,48 +356,37 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         } else {
 #pragma unroll 1
             for (int odd = 0; odd < 2; odd++) {
-                rotate_tiles<TILES, HALF, VALUE>(held[0], rows, matrix, odd ? matrix.odd : 0);
+                rotate_tiles<TILES, HALF>(held[0], rows, matrix, odd ? matrix.odd : 0);
                 visit(odd, held[0]);
             }
         }
     };
     /* At every owner: the line that makes codes; at every lane: those of its slots. */
-    float slope[SLOTS<VALUE>], offset[SLOTS<VALUE>];
+    float slope[SLOTS], offset[SLOTS];
     const grouping whole = {};
     const auto spread_line = [&](const affine<1> &scales, float mid) {
         const line<1> at = encoder<1>(scales, whole, facts.row.factor).at(mid, most);
-        from_owner<VALUE>(slope, at.slope[0], lane);
-        from_owner<VALUE>(offset, at.offset[0], lane);
+        from_owner(slope, at.slope[0], lane);
+        from_owner(offset, at.offset[0], lane);
     };
     affine<1> scales;
     if (range) {
-        float low[SLOTS<VALUE>], high[SLOTS<VALUE>];
-#pragma unroll
-        for (int k = 0; k < SLOTS<VALUE>; k++) low[k] = INFINITY, high[k] = -INFINITY;
+        float low[SLOTS], high[SLOTS];
         if constexpr (HOLD<TILES, SCALE>) {
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++)
-#pragma unroll
-                for (int u = 0; u < TILES / 2; u++)
-#pragma unroll
-                    for (int n = 0; n < 2; n++)
-#pragma unroll
-                        for (int c = 0; c < 4; c++) {
-                            const int k = slot_of<VALUE>(element<VALUE>(n, c));
-                            low[k] = fminf(low[k], held[odd][n][u][c]);
-                            high[k] = fmaxf(high[k], held[odd][n][u][c]);
-                        }
+            range_of_held<TILES>(low, high, held);
         } else {
+#pragma unroll
+            for (int k = 0; k < SLOTS; k++) low[k] = INFINITY, high[k] = -INFINITY;
 #pragma unroll 1
             for (int odd = 0; odd < 2; odd++) {
-                rotate_tiles<TILES, HALF, VALUE, false>(held[0], rows, matrix, odd ? matrix.odd : 0);
+                rotate_tiles<TILES, HALF, false>(held[0], rows, matrix, odd ? matrix.odd : 0);
 #pragma unroll
                 for (int u = 0; u < TILES / 4; u++) /* of x + y and x - y: x - |y| and x + |y| */
 #pragma unroll
                     for (int n = 0; n < 2; n++)
 #pragma unroll
                         for (int c = 0; c < 4; c++) {
-                            const int k = slot_of<VALUE>(element<VALUE>(n, c));
+                            const int k = slot_of(c);
                             const float x = held[0][n][u][c], y = fabsf(held[0][n][u + TILES / 4][c]);
                             low[k] = fminf(low[k], x - y);
                             high[k] = fmaxf(high[k], x + y);
@@ -343,8 +394,8 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
             }
         }
         /* No negative zeros, whatever the tensor core's are. */
-        const float least = to_owner<VALUE>(low, lane, [](float a, float b) { return fminf(a, b); }) + 0.0f;
-        const float greatest = to_owner<VALUE>(high, lane, [](float a, float b) { return fmaxf(a, b); }) + 0.0f;
+        const float least = to_owner(low, lane, [](float a, float b) { return fminf(a, b); }) + 0.0f;
+        const float greatest = to_owner(high, lane, [](float a, float b) { return fmaxf(a, b); }) + 0.0f;
         minmax_step(scales.scale[0], scales.zero[0], least, greatest, facts.row.factor, bits, zero_point);
     } else {
         sigma_of_facts<TILES>(scales.scale[0], scales.zero[0], facts.row, bits, zero_point);
@@ -355,14 +406,14 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
         spread_line(scales, mid);
         const float half = (float)(1 << (bits - 1));
         /* k is summed as bits of floats that hold codes in their lowest: one instruction adds two. */
-        uint32_t bit_sums[SLOTS<VALUE>] = {};
-        float k[SLOTS<VALUE>], kk[SLOTS<VALUE>] = {}, sums[8] = {};
+        uint32_t bit_sums[SLOTS] = {};
+        float k[SLOTS], kk[SLOTS] = {}, sums[8] = {};
         each_y([&](int, const float (&y)[2][TILES / 2][4]) {
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
-                    const int at = slot_of<VALUE>(element<VALUE>(n, c));
+                    const int at = slot_of(c);
                     float chain = 0.0f;
 #pragma unroll
                     for (int u = 0; u < TILES / 2; u++) {
@@ -372,21 +423,21 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
                         kk[at] = __fmaf_rn(code, code, kk[at]);
                         chain = __fmaf_rn(code, y[n][u][c], chain);
                     }
-                    sums[element<VALUE>(n, c)] += chain;
+                    sums[element(n, c)] += chain;
                 }
         });
-        constexpr int EACH = 8 * TILES / SLOTS<VALUE>;
+        constexpr int EACH = 8 * TILES / SLOTS;
 #pragma unroll
-        for (int i = 0; i < SLOTS<VALUE>; i++) k[i] = (float)(int)(bit_sums[i] - EACH * MAGIC_BITS) - EACH * half;
+        for (int i = 0; i < SLOTS; i++) k[i] = (float)(int)(bit_sums[i] - EACH * MAGIC_BITS) - EACH * half;
         const auto add = [](float a, float b) { return a + b; };
-        const float sum_k = to_owner<VALUE>(k, lane, add), sum_kk = to_owner<VALUE>(kk, lane, add);
-        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner<VALUE>(sums, lane, add), mean, bits,
-              CHANNELS, facts.row.factor, true);
+        const float sum_k = to_owner(k, lane, add), sum_kk = to_owner(kk, lane, add);
+        refit(scales.scale[0], scales.zero[0], sum_k, sum_kk, tree_to_owner(sums, lane, it.value), mean, bits, CHANNELS,
+              facts.row.factor, true);
     }
     round_to_stored(scales, whole, a.layout, bits);
     spread_line(scales, facts.mid);
-    if (writes<VALUE>(lane)) {
-        const int row = KVC_TILE * tile + owned_token<VALUE>(lane);
+    if (!(lane & 1)) { /* each owner once */
+        const int row = KVC_TILE * tile + owned_token<0>(lane);
         uint8_t *to = it.scales + kvc_scale_offset(&a.layout, KVC_PAGE_TOKENS, 0, row);
         if (a.layout.scale_dtype == KVC_STEP_E5M3)
             put_step<KVC_STEP_E5M3>(to, scales.scale[0], scales.zero[0], zero_point);
@@ -396,11 +447,11 @@ __device__ __forceinline__ void pack_half(uint32_t *stage, const call &a, const 
     uint32_t *plane = stage + tile * 32 * TILES + lane;
     if (bits == 8)
         each_y([&](int odd, const float (&y)[2][TILES / 2][4]) {
-            encode_tiles<TILES, VALUE, true>(plane + 32 * odd, y, slope, offset, most);
+            encode_tiles<TILES, true>(plane + 32 * odd, y, slope, offset, most);
         });
     else
         each_y([&](int odd, const float (&y)[2][TILES / 2][4]) {
-            encode_tiles<TILES, VALUE, false>(plane + 32 * odd, y, slope, offset, most);
+            encode_tiles<TILES, false>(plane + 32 * odd, y, slope, offset, most);
         });
 }
 
@@ -429,10 +480,7 @@ __global__ void __launch_bounds__(THREADS, fast_blocks(TILES, SCALE)) pack_fast_
         uint32_t *own = (uint32_t *)stage + (value ? HALF_STAGE : 0);
         if (value) take_half(a, &it, 1);
         if (it.bits == 16) continue;
-        if (value)
-            pack_half<TILES, HALF, SCALE, 1>(own, a, it, tokens);
-        else
-            pack_half<TILES, HALF, SCALE, 0>(own, a, it, tokens);
+        pack_half<TILES, HALF, SCALE>(own, a, it, tokens);
         __syncthreads();
         write_tile_words<TILES>(it.words, own, it.bits, value);
     }

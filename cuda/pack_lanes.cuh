@@ -1,5 +1,5 @@
-/* pack_lanes.cuh: a warp with 16 tokens, of which each lane has the 8 elements of a tile that format.h gives it: whose
- * they are, what is gathered for each token, and words of a page. */
+/* pack_lanes.cuh: a warp with 16 tokens, of which each lane has 8 elements of a tile: whose they are in format.h's
+ * order, and words of a page. */
 #pragma once
 #include "pack_job.cuh"
 
@@ -7,65 +7,16 @@ namespace {
 
 /* ---- where things lie: VALUE 0 is K, 1 is V */
 
-/* Tokens of a lane's elements, and which of them an element belongs to. */
-template <int VALUE> constexpr int SLOTS = VALUE ? 4 : 2;
-template <int VALUE> __device__ constexpr int slot_of(int element) {
-    return VALUE ? 2 * (element & 1) + (element >> 1 & 1) : element >> 2;
-}
+/* Which of its 4 tokens an element of V belongs to. */
+__device__ constexpr int v_slot_of(int element) { return 2 * (element & 1) + (element >> 1 & 1); }
 
 /* Per token there is one lane (with copies) that makes its scale: the token, of 16. */
 template <int VALUE> __device__ int owned_token(int lane) {
     return VALUE ? 2 * (lane & 3) + (lane >> 3 & 1) + 8 * (lane >> 4) : (lane >> 2) + 8 * (lane >> 1 & 1);
 }
-/* The lane that owns the token of this lane's slot. */
+/* The lane that owns the token of this lane's slot: of K's two, or V's four. */
 template <int VALUE> __device__ int owner_of(int lane, int slot) {
     return VALUE ? 16 * (slot >> 1) + 8 * (slot & 1) + (lane & 3) : (lane & 28) + 2 * slot;
-}
-/* Whether this lane is the one that writes for its token. */
-template <int VALUE> __device__ bool writes(int lane) { return !(lane & (VALUE ? 4 : 1)); }
-
-/* ---- from lanes to owners, and back */
-
-/* f over the lanes and slots of each token, at its owners. f is the same in any order. */
-template <int VALUE, typename function>
-__device__ float to_owner(const float (&v)[SLOTS<VALUE>], int lane, function f) {
-    if constexpr (VALUE) {
-        const bool far = lane & 16, odd = lane & 8;
-        float two[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) two[k] = f(far ? v[2 + k] : v[k], __shfl_xor_sync(ALL, far ? v[k] : v[2 + k], 16));
-        const float one = f(odd ? two[1] : two[0], __shfl_xor_sync(ALL, odd ? two[0] : two[1], 8));
-        return f(one, __shfl_xor_sync(ALL, one, 4));
-    } else {
-        const bool far = lane & 2;
-        const float one = f(far ? v[1] : v[0], __shfl_xor_sync(ALL, far ? v[0] : v[1], 2));
-        return f(one, __shfl_xor_sync(ALL, one, 1));
-    }
-}
-
-/* The same of a number for each element, in the order of a tree over the tile's channels: strides 8, 4, 2, 1. */
-template <int VALUE, typename function> __device__ float tree_to_owner(const float (&v)[8], int lane, function f) {
-    if constexpr (VALUE) {
-        float four[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) four[slot_of<1>(e)] = f(v[e], v[e + 4]);
-        return to_owner<1>(four, lane, f);
-    } else {
-        const bool far = lane & 2, odd = lane & 1;
-        float four[4], two[2];
-#pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = f(far ? v[4 + i] : v[i], __shfl_xor_sync(ALL, far ? v[i] : v[4 + i], 2));
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-            two[i / 2] = f(odd ? four[i + 1] : four[i], __shfl_xor_sync(ALL, odd ? four[i] : four[i + 1], 1));
-        const float one = f(two[0], two[1]);
-        return f(one, __shfl_xor_sync(ALL, one, 1));
-    }
-}
-
-template <int VALUE> __device__ void from_owner(float (&out)[SLOTS<VALUE>], float v, int lane) {
-#pragma unroll
-    for (int k = 0; k < SLOTS<VALUE>; k++) out[k] = __shfl_sync(ALL, v, owner_of<VALUE>(lane, k));
 }
 
 /* ---- words */
@@ -97,29 +48,80 @@ __device__ void put_tile(uint32_t *to, int second, const uint32_t (&code)[8], bo
     if (eight) to[second] = high;
 }
 
+__device__ uint4 load_matrices(const uint4 *row, int transposed) {
+    uint4 v;
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(at)
+                     : "memory");
+    return v;
+}
+
+/* A lane's words of a channel tile in four tiles, which lie `step` apart. TURNED: they lie as K's do, a token's four
+ * lanes side by side, but each 16 bits belong to channels g and g + 8. */
+__device__ uint4 load_tiles(const uint32_t *stage, int step, bool turned) {
+    const int lane = threadIdx.x & 31;
+    if (turned) return load_matrices((const uint4 *)(stage + (lane >> 3) * step + 4 * (lane & 7)), 1);
+    return make_uint4(stage[lane], stage[step + lane], stage[2 * step + lane], stage[3 * step + lane]);
+}
+
+/* Of the four nibbles of each 16 bits the middle ones change places: two channels and two tokens are turned. */
+__device__ uint32_t turn_nibbles(uint32_t w) {
+    return (w & 0xf00ff00fu) | (w << 4 & 0x0f000f00u) | (w >> 4 & 0x00f000f0u);
+}
+
 /* Words of a page from the tiles' words: [tile (8 bits: tile, then tile + 4)][channel tile][lane]. */
-template <int TILES> __device__ void write_tile_words(uint32_t *words, const uint32_t *stage, int bits, int value) {
-    constexpr int STEP = 32 * TILES;
+template <int TILES> __device__ void write_tile_words(uint32_t *words, const uint32_t *stage, int bits, bool turned) {
+    constexpr int STEP = 32 * TILES, WARPS = THREADS / 32, ROUNDS = (TILES + WARPS - 1) / WARPS;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const auto each = [=](auto visit) {
 #pragma unroll
-    for (int at = threadIdx.x; at < STEP; at += THREADS) {
-        uint32_t w[4];
-#pragma unroll
-        for (int t = 0; t < 4; t++) w[t] = stage[t * STEP + at];
-        uint32_t *to = words + kvc_word_index(bits, KVC_PAGE_TOKENS, at / 32, at % 32, 0);
-        if (bits == 4) {
-            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
-        } else if (bits == 8) {
-            *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
-            *(uint4 *)(to + 128) =
-                make_uint4(stage[4 * STEP + at], stage[5 * STEP + at], stage[6 * STEP + at], stage[7 * STEP + at]);
-        } else {
-            constexpr uint32_t low = 0x33333333u, high = 0x11111111u;
-            const uint32_t a = (w[0] & low) | (w[1] & low) << 2, b = (w[2] & low) | (w[3] & low) << 2;
-            *(uint2 *)to = make_uint2(a, b);
-            if (bits == 3)
-                words[kvc_word_index(3, KVC_PAGE_TOKENS, at / 32, at % 32, 2)] =
-                    (w[0] >> 2 & high) | (w[1] >> 1 & high << 1) | (w[2] & high << 2) | (w[3] << 1 & high << 3);
-        }
+        for (int k = 0; k < ROUNDS; k++)
+            if (TILES % WARPS == 0 || warp + WARPS * k < TILES) visit(k);
+    };
+    uint4 w[ROUNDS];
+    stage += 32 * warp;
+    each([&](int k) { w[k] = load_tiles(stage + 32 * WARPS * k, STEP, turned); });
+    uint32_t *to = words + kvc_word_index(bits, KVC_PAGE_TOKENS, warp, lane, 0);
+    if (bits == 4) {
+        if (turned)
+            each([&](int k) {
+                w[k] =
+                    make_uint4(turn_nibbles(w[k].x), turn_nibbles(w[k].y), turn_nibbles(w[k].z), turn_nibbles(w[k].w));
+            });
+        each([&](int k) { *(uint4 *)(to + 32 * 4 * WARPS * k) = w[k]; });
+    } else if (bits == 8) {
+        /* Turned, bytes are of channels g and g + 8 by turns. */
+        const uint32_t first = turned ? 0x6240 : 0x3210, second = turned ? 0x7351 : 0x7654;
+        each([&](int k) {
+            const uint4 far = load_tiles(stage + 4 * STEP + 32 * WARPS * k, STEP, turned);
+            uint4 *const eight = (uint4 *)(to + 32 * 8 * WARPS * k);
+            eight[0] = make_uint4(__byte_perm(w[k].x, far.x, first), __byte_perm(w[k].y, far.y, first),
+                                  __byte_perm(w[k].z, far.z, first), __byte_perm(w[k].w, far.w, first));
+            eight[32] = make_uint4(__byte_perm(w[k].x, far.x, second), __byte_perm(w[k].y, far.y, second),
+                                   __byte_perm(w[k].z, far.z, second), __byte_perm(w[k].w, far.w, second));
+        });
+    } else {
+        constexpr uint32_t low = 0x33333333u, high = 0x11111111u;
+        each([&](int k) {
+            uint2 two = make_uint2((w[k].x & low) | (w[k].y & low) << 2, (w[k].z & low) | (w[k].w & low) << 2);
+            if (turned) two = make_uint2(turn_nibbles(two.x), turn_nibbles(two.y));
+            *(uint2 *)(to + 32 * bits * WARPS * k) = two;
+        });
+        if (bits == 3)
+            each([&](int k) {
+                const uint32_t third =
+                    (w[k].x >> 2 & high) | (w[k].y >> 1 & high << 1) | (w[k].z & high << 2) | (w[k].w << 1 & high << 3);
+                words[kvc_word_index(3, KVC_PAGE_TOKENS, warp + WARPS * k, lane, 2)] =
+                    turned ? turn_nibbles(third) : third;
+            });
     }
 }
 

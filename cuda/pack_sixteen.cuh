@@ -4,6 +4,7 @@
  * two a channel tile: V's channels 0..7 and 8..15, K's even and its odd ones. Words of format.h's lanes are then 8x8
  * matrices of 8 tokens and a chunk, as the matrix loads give them, K's as they are and V's transposed. */
 #pragma once
+#include "pack_lanes.cuh"
 #include "pack_rows.cuh"
 
 namespace {
@@ -12,22 +13,6 @@ namespace {
  * chunks of a token and the same 4 of the next. */
 template <int TILES> __device__ int chunk_place(int token, int chunk) {
     return 2 * TILES * token + (chunk ^ ((token & 1) << 2 | (token >> 1 & 3)));
-}
-
-__device__ uint4 load_matrices(const uint4 *row, int transposed) {
-    uint4 v;
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    if (transposed)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(at)
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(at)
-                     : "memory");
-    return v;
 }
 
 /* Two rotated values, which come from at most 2^96: bfloat16 holds all that there can be. */

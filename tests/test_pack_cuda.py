@@ -211,6 +211,22 @@ def test_both_kernels(head_dim: int, dtype: torch.dtype) -> None:
                 assert_same_pages(case, arena.cpu(), expected, (scale_dtype, zero_point, scale, offset))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rotated_rows_of_one_sign(head_dim: int, dtype: torch.dtype) -> None:
+    """A channel that outweighs the others gives many rotated ones its sign: the tensor core's kernel, which first looks
+    for the extremes among numbers of both signs, has to look again."""
+    generator = torch.Generator().manual_seed(head_dim)
+    case = Case(head_dim, head_dim, 1, dtype, 0, dtype)
+    for rows in case.keys, case.values:
+        rows.copy_((torch.randn(rows.shape, generator=generator) / 64).to(dtype))
+        for i, channel in enumerate((0, 2, 4, 6, 8, 12)):
+            rows[..., 2 * i :: 14, channel] = 8
+            rows[..., 2 * i + 1 :: 14, channel] = -8
+    for scale in 1, 2:
+        assert_same_pages(case, case.pack("cuda", 1, scale), case.pack("cpu", 1, scale), scale)
+
+
 def test_offsets_beyond_32_bits() -> None:
     """A page behind 4 GiB of arena, a head behind 4 GiB of keys."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
