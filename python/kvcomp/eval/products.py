@@ -14,6 +14,12 @@ def slow_bfloat16() -> bool:
     return not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def suit_cpu(model: Any) -> None:
+    """``multiply_in_float32`` where that is sooner. Models whose outputs are compared are all to be treated so."""
+    if slow_bfloat16():
+        multiply_in_float32(model)
+
+
 def multiply_in_float32(model: Any) -> None:
     """Has a model's bfloat16 linear layers on the CPU multiply several rows in float32 and round the result.
 

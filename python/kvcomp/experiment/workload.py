@@ -79,8 +79,7 @@ def load(model_path: Path, text_path: Path) -> Subject:
         # transformers, tokenizers and safetensors raise many kinds for a damaged folder.
         said = " ".join(str(reason).split())[:200]
         raise ValueError(f"--model: expected a folder with a transformers model, got {model_path} ({said})") from None
-    if products.slow_bfloat16():
-        products.multiply_in_float32(model)
+    products.suit_cpu(model)
     return Subject(model_path, model, tokenizer, text)
 
 
