@@ -17,7 +17,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KVCOMP_NUM_THREADS"):
         os.environ.setdefault(name, str(max(1, CPUS // int(workers))))
 
-# scripts/sanitize.sh tests this package. An editable install finds its own before any path does: its finder steps aside.
+# What scripts/sanitize.sh tests. An editable install finds its own before any path does: its finder steps aside.
 if package := os.environ.get("KVCOMP_PACKAGE"):
     sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
     sys.path.insert(0, package)
