@@ -19,4 +19,4 @@ tests=(tests/test_{append,arena,args,attend,bsr,decode_policy,format,fuzz,pack,p
 # imports KVCOMP_PACKAGE.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=print_stacktrace=1 KVCOMP_PACKAGE="$build/package" \
-    python -m pytest -q -n auto --dist loadfile -p no:cacheprovider "${@:-${tests[@]}}"
+    python -m pytest -q -n auto --dist worksteal -p no:cacheprovider "${@:-${tests[@]}}"
