@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build=build/sanitize
+mkdir -p build
 cmake -S . -B "$build" -DKVCOMP_SANITIZE=ON -DKVCOMP_WERROR=ON -DKVCOMP_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
     -DPython_EXECUTABLE="$(command -v python)" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" -j "$(nproc)" >>"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
@@ -12,20 +13,10 @@ rm -rf "$build/package" && mkdir -p "$build/package"
 cp -r python/kvcomp "$build/package/"
 cp "$build/_C.abi3.so" "$build/package/kvcomp/"
 
-# An editable install finds its package before any path does, so its finder steps aside for this run. Leaks are not
-# looked for: the interpreter's own would drown ours.
+# Leaks are not looked for: the interpreter's own would drown ours.
 tests=(tests/test_{append,arena,args,attend,bsr,decode_policy,format,fuzz,pack,parallel,plan,policy,prompt,rotate,score,select,shrink,store,w4}.py)
-# libubsan brings in libstdc++, without which libasan meets exceptions of torch that it cannot pass on.
+# libubsan brings in libstdc++, without which libasan meets exceptions of torch that it cannot pass on. tests/conftest.py
+# imports KVCOMP_PACKAGE.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-    UBSAN_OPTIONS=print_stacktrace=1 KVCOMP_PACKAGE="$build/package" python - -q -p no:cacheprovider "${@:-${tests[@]}}" <<'EOF'
-import os
-import sys
-
-sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
-sys.path.insert(0, os.environ["KVCOMP_PACKAGE"])
-import kvcomp
-import pytest
-
-assert os.environ["KVCOMP_PACKAGE"] in os.path.relpath(kvcomp._C.__file__), kvcomp._C.__file__
-sys.exit(pytest.main(sys.argv[1:]))
-EOF
+    UBSAN_OPTIONS=print_stacktrace=1 KVCOMP_PACKAGE="$build/package" \
+    python -m pytest -q -n auto --dist worksteal -p no:cacheprovider "${@:-${tests[@]}}"

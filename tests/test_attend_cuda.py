@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from reference_torch import (  # noqa: E402
     same_bits,
     uniform,
 )
+from test_w4_cuda import Weights  # noqa: E402
 
 CUDA = _C.cuda_info()
 pytestmark = [
@@ -614,6 +616,78 @@ def test_attends_one_after_the_other_overlap() -> None:
         torch.cuda._sleep(1_000_000)
         got = [layer.attend(rows, division=part, workspace=workspace, early=1) for layer, rows, part in pairs]
         assert all(map(same_bits, got, wanted))
+
+
+class Products:
+    """Decode steps through four layers: a 4-bit product gives queries, keys and values, append stores, attend reads,
+    and another product takes what it gives to the next layer."""
+
+    def __init__(self, dtype: torch.dtype, aged: tuple[int, int]) -> None:
+        hidden, rows = 8 * 128, (8 + 2 + 2) * 128
+        self.inward, self.outward = (
+            [Weights(seed + i, n, hidden, 128, 3, 0.1) for i in range(4)] for seed, n in ((60, rows), (70, hidden))
+        )
+        self.caches = [growing(i, aged=aged) for i in range(4)]
+        self.states = [torch.zeros(2, hidden, dtype=dtype, device="cuda") for _ in range(5)]
+        self.rows = [torch.zeros(2, rows, dtype=dtype, device="cuda") for _ in range(4)]
+        self.out = [torch.zeros(2, 8, 1, 128, dtype=dtype, device="cuda") for _ in range(4)]
+        self.divisions = [cache.divide() for cache in self.caches]
+        self.workspace = max((cache.workspace(4, 1) for cache in self.caches), key=len)
+        nbytes = max(_C.w4_workspace(2, n, hidden) for n in (rows, hidden))
+        self.scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device="cuda")
+
+    def step(self, early: int, then: Callable[[], object]) -> None:
+        """``then`` is called behind every launch."""
+
+        def product(out: torch.Tensor, x: torch.Tensor, w: Weights) -> None:
+            _C.w4_matmul(out, x, w.packed, None, self.scratch, *w.format, w.exponent, 0, early)
+            then()
+
+        for cache, division in zip(self.caches, self.divisions, strict=True):
+            _C.divide(division[None], cache.table[None], cache.lists[None], cache.layout)
+            then()
+        for i, cache in enumerate(self.caches):
+            product(self.rows[i], self.states[i], self.inward[i])
+            queries, keys, values = self.rows[i].view(2, 12, 1, 128).split((8, 2, 2), 1)
+            cache.append(keys, values)
+            then()
+            cache.attend(queries, out=self.out[i], workspace=self.workspace, division=self.divisions[i], early=early)
+            then()
+            product(self.states[i + 1], self.out[i].view(2, -1), self.outward[i])
+
+    def found(self) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in (*self.rows, *self.out, *self.states[1:])])
+
+
+@pytest.mark.parametrize("aged", [(4, 4), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_a_kernel_that_append_overlaps(dtype: torch.dtype, aged: tuple[int, int]) -> None:
+    """In a graph every launch may begin before the one before it has ended: append while the product still writes its
+    rows, attend while append does, the next product while attend does. Bits are those of the same steps one by one."""
+    steps = 20
+    inputs = queries_of(80, steps, 2, 8 * 128, dtype=dtype)
+    alone, graphed = (Products(dtype, aged) for _ in range(2))
+    wanted, got = [], []
+    for i in range(steps):
+        alone.states[0].copy_(inputs[i])
+        torch.cuda.synchronize()
+        alone.step(0, torch.cuda.synchronize)
+        wanted.append(alone.found())
+    assert bool(torch.stack(wanted).isfinite().all()) and not same_bits(wanted[0], wanted[-1])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step(1, lambda: None)
+    torch.cuda._sleep(20_000_000)  # all replays are queued by then
+    for i in range(steps):
+        graphed.states[0].copy_(inputs[i])
+        graph.replay()
+        got.append(graphed.found())
+    for i, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        assert same_bits(one, other), i
+    for one, other in zip(graphed.caches, alone.caches, strict=True):
+        assert same_bits(one.lists, other.lists) and same_bits(one.arena, other.arena)
+    assert bool((graphed.scratch == 0xFF).all())
 
 
 @pytest.mark.parametrize("early", [0, 1])

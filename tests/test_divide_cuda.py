@@ -21,7 +21,7 @@ pytestmark = [
 LAYOUT = (128, 128, 1, 1, 0)
 # Bytes that a page, and a list that a block begins, may be charged beyond those that are read.
 PAGE_CHARGE, LIST_CHARGE = 1 << 10, 240 << 10
-MIXED_PAGES = 128  # divide.cu
+MIXED_PAGES, MOST_LISTS = 128, 49152  # divide.cu
 
 
 class Division(NamedTuple):
@@ -164,7 +164,21 @@ CASES: dict[str, list[list[Page]]] = {
     "a long one among short ones": [*ragged(5, 20, 60), mixed(100_000, 1), *ragged(6, 20, 60)],
     "long ones at the ends": [mixed(30_000, 1), *ragged(7, 200, 60), mixed(30_000, 2)],
     "16 bits and 2 bits": [uniform(16, 16, 8000), uniform(2, 2, 8000)] * 8,
+    # Shared memory has no room for the costs of such lists' segments: pages are counted from the first.
+    "a long one among thousands": [*ragged(10, 2000, 60), mixed(100_000, 3), *ragged(11, 2095, 60)],
+    "a very long one": [uniform(2, 2, 2048), uniform(4, 4, 64 * 41_000), *[uniform(2, 2, 2048)] * 129],
+    "as many as there may be": [uniform(4, 4, 100)] * MOST_LISTS,
 }
+
+
+def test_cases_without_room_for_segments() -> None:
+    """Those that are to be: divide.cu's SEGMENT pages a segment, MOST_SHARED bytes."""
+    without = []
+    for name, lists in CASES.items():
+        segments = -(-(3 + max(map(len, lists))) // 128)
+        if segments > (160 << 10) // 4 // len(lists) - 1:
+            without.append(name)
+    assert without == ["a long one among thousands", "a very long one", "as many as there may be"]
 
 
 def test_small() -> None:
@@ -254,5 +268,12 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^divide: divisions: expected a CUDA tensor"):
         _C.divide(divisions.cpu(), tables.cpu(), lists.cpu(), LAYOUT)
     assert bool((divisions == -7).all())
+    n = MOST_LISTS + 1
+    tables = torch.zeros(1, n, 1, dtype=torch.int64, device="cuda").view(torch.uint64)
+    divisions = torch.zeros(1, _C.divide_words(n, 0), dtype=torch.int32, device="cuda")
+    with pytest.raises(
+        NotImplementedError, match=rf"^divide: lists: expected at most {MOST_LISTS} lists a layer, got {n}$"
+    ):
+        _C.divide(divisions, tables, torch.zeros(1, n, 4, dtype=torch.int32, device="cuda"), LAYOUT)
     with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"^divide_words: device: expected "):
         _C.divide_words(3, 63)

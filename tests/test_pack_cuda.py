@@ -227,6 +227,32 @@ def test_rotated_rows_of_one_sign(head_dim: int, dtype: torch.dtype) -> None:
         assert_same_pages(case, case.pack("cuda", 1, scale), case.pack("cpu", 1, scale), scale)
 
 
+@pytest.mark.parametrize("dtype, half", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_sixteen_bits_of_the_other_type(head_dim: int, dtype: torch.dtype, half: torch.dtype) -> None:
+    """bfloat16 rows in float16 halves and the other way round, from both kernels, rotated and not: rows of every size,
+    beyond float16's largest number and among its subnormal ones; and back again."""
+    case = Case(head_dim, head_dim, half=half, dtype=dtype)
+    generator = torch.Generator().manual_seed(head_dim)
+    for rows in case.keys, case.values:
+        exponents = torch.randint(-30, 16, (*case.shape, 1), generator=generator).float()
+        some = torch.rand((*case.shape, 1), generator=generator) < 0.5
+        rows.copy_(torch.where(some, (rows.float() * 2.0**exponents).clamp(-6e4, 6e4), rows.float()).to(dtype))
+    for rotation, scale in itertools.product((0, 1), (0, 1, 2)):
+        expected = case.pack("cpu", rotation, scale)
+        for offset in 0, 4:  # elements: rows on 16-byte addresses, and not
+            memory = torch.zeros(2, *case.shape, head_dim + 8, dtype=dtype, device="cuda")
+            keys, values = (part[..., offset : offset + head_dim] for part in memory)
+            keys.copy_(case.keys)
+            values.copy_(case.values)
+            arena, index = case.arena("cuda"), [t.cuda() for t in case.index]
+            _C.pack(arena, keys, values, *index, case.layout, rotation, scale, 0, 5, 1 << 40)
+            assert_same_pages(case, arena.cpu(), expected, (rotation, scale, offset))
+        for out in torch.float32, dtype, half:
+            cuda, cpu = (case.unpack(device, expected, rotation, out) for device in ("cuda", "cpu"))
+            assert same_bits(cuda[0], cpu[0]) and same_bits(cuda[1], cpu[1]), (rotation, scale, out)
+
+
 def test_offsets_beyond_32_bits() -> None:
     """A page behind 4 GiB of arena, a head behind 4 GiB of keys."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:

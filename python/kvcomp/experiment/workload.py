@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..eval import perplexity, quality, tasks
+from ..eval import perplexity, products, quality, tasks
 from ..eval.quality import Method
 from ..hf import Cache
 from ..packed import Report
@@ -79,6 +79,7 @@ def load(model_path: Path, text_path: Path) -> Subject:
         # transformers, tokenizers and safetensors raise many kinds for a damaged folder.
         said = " ".join(str(reason).split())[:200]
         raise ValueError(f"--model: expected a folder with a transformers model, got {model_path} ({said})") from None
+    products.suit_cpu(model)
     return Subject(model_path, model, tokenizer, text)
 
 

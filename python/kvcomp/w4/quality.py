@@ -27,7 +27,7 @@ from rich.console import Console
 
 from .. import results
 from ..errors import one_line
-from ..eval import perplexity, quality, tasks
+from ..eval import perplexity, products, quality, tasks
 from ..eval.quality import Method
 from ..experiment import places, runner, tables_w4, workload
 from ..experiment.report import print_rows
@@ -195,6 +195,7 @@ def _depends_on(
 def _prepared(subject: workload.Subject, arm: Arm) -> tuple[workload.Subject, str, dict[str, Any]]:
     """The subject with its weights as a configuration keeps them; its name, and what is held."""
     tested, name = arms.load(str(subject.path), arm.dtype, torch.device("cpu"))
+    products.suit_cpu(tested)
     weights = arms.prepare(tested, arm)
     return workload.Subject(subject.path, tested, subject.tokenizer, subject.text), name, weights
 
