@@ -625,7 +625,7 @@ class Products:
     def __init__(self, dtype: torch.dtype, aged: tuple[int, int]) -> None:
         hidden, rows = 8 * 128, (8 + 2 + 2) * 128
         self.inward, self.outward = (
-            [Weights(seed + i, n, hidden, 128, 3, 0.1) for i in range(4)] for seed, n in ((60, rows), (70, hidden))
+            [Weights(seed + i, n, hidden, 128, 3, 1 / 32) for i in range(4)] for seed, n in ((60, rows), (70, hidden))
         )
         self.caches = [growing(i, aged=aged) for i in range(4)]
         self.states = [torch.zeros(2, hidden, dtype=dtype, device="cuda") for _ in range(5)]
