@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 def said(source: Path, folder: Path) -> str:
     """What the compiler says of sm_90a's code."""
     command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", '-DKVC_CUDA_ARCHS="90a"', "-std=c++17", "-O3"]
-    command += ["-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'cuda'}", "-c", str(source)]
+    command += ["-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'cuda'}", "-cubin", str(source)]
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's, for Python
-    command += ["-o", str(folder / "kernels.o")]
+    command += ["-o", str(folder / "kernels.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
     return done.stdout + done.stderr
 
