@@ -183,7 +183,8 @@ template <typename S> void divide(call &a, char *workspace, int at_once, unsigne
 }
 
 /* pass(0) and pass(1), and what follows each, which begins while the pass ends. So may pass(1): keys and queries were
- * there before pass(0), which follows what came before it in the stream's order. */
+ * there before pass(0), which follows what came before it in the stream's order. What begins early waits before it
+ * ends, so that the end of a call is the end of all its kernels. */
 template <typename Pass> cudaError_t launch(const call &a, const kvc_gpu &gpu, cudaStream_t stream, Pass pass) {
     cudaError_t error = pass(0);
     if (error != cudaSuccess) return error;
@@ -225,7 +226,8 @@ template <typename S> cudaError_t launch_hopper(call &a, char *workspace, const 
                                    : hopper_kernel<S, KEYS_HELD>;
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
         kvc_launch launch(gpu, dim3(min(spans[i], gpu.multiprocessors)), dim3(S::threads), S::shared_bytes, stream);
-        if (i == 0) launch.config.numAttrs = 0;
+        /* With keys held only copies wait for what is ahead, and there may be none. */
+        if (i == 0 || !stay) launch.config.numAttrs = 0;
         if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, kernel, a, (int)spans[i]);
         return error;
     });
