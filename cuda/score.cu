@@ -182,9 +182,9 @@ template <typename S> void divide(call &a, char *workspace, int at_once, unsigne
     a.sums = (float *)(a.parts + (int64_t)a.lists * rows * a.key_parts);
 }
 
-/* pass(0) and pass(1), and what follows each, which begins while the pass ends. So may pass(1): keys and queries were
- * there before pass(0), which follows what came before it in the stream's order. What begins early waits before it
- * ends, so that the end of a call is the end of all its kernels. */
+/* pass(0) and pass(1), and what follows each, which begins while the pass ends. So may a pass(1) that waits: keys and
+ * queries were there before pass(0), which follows what came before it in the stream's order. What begins early waits
+ * before it ends, so that the end of a call is the end of all its kernels. */
 template <typename Pass> cudaError_t launch(const call &a, const kvc_gpu &gpu, cudaStream_t stream, Pass pass) {
     cudaError_t error = pass(0);
     if (error != cudaSuccess) return error;
@@ -202,9 +202,11 @@ template <typename S> cudaError_t launch_anywhere(call &a, char *workspace, cons
     divide<S>(a, workspace, KVC_SCORE_BLOCKS, spans);
     return launch(a, gpu, stream, [&](int i) {
         const auto kernel = i ? second_kernel<S> : first_kernel<S>;
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
-        if (error == cudaSuccess) kernel<<<spans[i], S::threads, S::shared_bytes, stream>>>(a);
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+        if (error == cudaSuccess) {
+            kernel<<<spans[i], S::threads, S::shared_bytes, stream>>>(a);
+            error = cudaGetLastError();
+        }
         return error;
     });
 }

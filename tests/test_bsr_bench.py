@@ -440,6 +440,29 @@ def test_the_dense_way_and_the_dense_rival_take_turns(monkeypatch: pytest.Monkey
     assert bsr.bench(settings, command="", tell=lambda line: None)["cells"][1]["timing"] == "clock"
 
 
+def test_a_rival_that_fails_while_it_is_timed_is_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose turn it is with ours is then timed by itself, and so is ours."""
+
+    def failing(problem: bsr_rivals.Problem) -> bsr_rivals.Call:
+        calls, honest = [0], bsr_rivals.dense(problem)
+
+        def call(number: int) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] > 3:
+                raise RuntimeError("no more of this")
+            return honest(number)
+
+        return call
+
+    monkeypatch.setattr(bsr_rivals, "CPU", {"torch dense": failing, "torch csr": bsr_rivals.CPU["torch csr"]})
+    monkeypatch.setattr(bsr, "way_of", lambda matrix, n: "dense")
+    settings = bsr_settings.Settings(sizes=[128], sparsity=[0.5], blocks=[16], iterations=5, device="cpu")
+    found = bsr.bench(settings, command="", tell=lambda line: None)
+    cells = {cell["impl"]: cell for cell in found["cells"] if cell["case"]["block"] == 16}
+    assert [(entry["impl"], entry["reason"]) for entry in found["absent"]] == [("torch dense", "no more of this")]
+    assert cells["kvcomp"]["timing"] == cells["torch csr"]["timing"] == "clock" and "torch dense" not in cells
+
+
 _ONCE = -(10**6)
 
 

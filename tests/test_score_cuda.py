@@ -75,6 +75,8 @@ def test_small() -> None:
             check(
                 normal(1, 2, 6, 20, d, dtype=dtype), normal(2, 2, 2, 330, d, dtype=dtype), [0, 7], 0.1, reduce=2, pool=5
             )
+            # Rows that stay for the second pass; a sequence of padding alone.
+            check(normal(3, 2, 16, 20, d, dtype=dtype), normal(4, 2, 2, 330, d, dtype=dtype), [9, 330], 0.1, pool=3)
     test_norms_of_strided_and_padded_rows()
     test_accumulate(3)
 
@@ -249,8 +251,9 @@ def test_every_run_is_the_same(shape: tuple[int, int, int, int, int]) -> None:
         assert torch.equal(run(queries, keys, scale=0.1, pool=5), want)
 
 
-def test_in_a_graph() -> None:
-    queries = normal(1, 2, 8, 16, 128, dtype=torch.bfloat16).cuda()
+@pytest.mark.parametrize("w", [16, 48])
+def test_in_a_graph(w: int) -> None:
+    queries = normal(1, 2, 8, w, 128, dtype=torch.bfloat16).cuda()
     keys = normal(2, 2, 2, 3000, 128, dtype=torch.bfloat16).cuda()
     first = torch.tensor([0, 5], dtype=torch.int32, device="cuda")
     scratch, importance = workspace(queries, keys)[GUARD:-GUARD], torch.zeros(2, 2, 3000, device="cuda")

@@ -25,7 +25,8 @@ int64_t kvc_score_head_floats(int64_t padded, int64_t s) {
 }
 
 /* What CUDA needs at most, however the hq heads are grouped: a pair of floats by row, a pair by row and part of the
- * keys, a float by token and part of the rows. A pass is cut into at most BLOCKS * WAVES blocks, or not at all. */
+ * keys, a float by token and part of the rows. A pass is cut into at most BLOCKS * WAVES blocks, or not at all,
+ * or the second one into as many parts of the rows as a group has heads. */
 static int64_t cuda_floats(int64_t b, int64_t hq, int64_t w, int64_t s) {
     const int64_t spread = (int64_t)KVC_SCORE_BLOCKS * KVC_SCORE_WAVES * KVC_SCORE_BLOCK_ROWS;
     const int64_t rows = b * hq * w, tokens = b * hq * s;

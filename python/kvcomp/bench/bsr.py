@@ -7,7 +7,8 @@ not timed; ``first_call_ms`` is a first product with all of that, ``host_us`` ho
 
 On CUDA kvcomp's samples alternate with those of the dense product and of torch's BSR product: a board at its power
 limit lowers its clock under lasting load, and so for all three. Where kvcomp takes the dense product, they alternate
-with the dense rival's alone, on any device, and not in a CUDA graph, in which the copy would be made at every replay.
+with the dense rival's alone, on any device. What kvcomp makes of the stored blocks, a dense copy or joined ones, would
+be made at every replay of a CUDA graph: such products, and those that take turns with them, are not timed in one.
 """
 
 from __future__ import annotations
@@ -255,19 +256,18 @@ class _Run:
     def timed_in_turn(
         self, cells: Sequence[tuple[dict[str, Any], Call]], case: dict[str, Any], copies: int, *, graph: bool = True
     ) -> list[dict[str, Any]]:
-        """Adds times to cells, which take turns; those of rivals are given back. Where a rival's library fails now,
-        ours is timed alone."""
+        """Adds times to cells, which take turns; those of rivals are given back. Where one fails now, each is timed
+        alone, and a rival that fails there is left out."""
         calls = {cell["impl"]: call for cell, call in cells}
         try:
             samples, how = bsr_samples.in_turn(calls, copies, self.iterations, SAMPLES_LEAST, self.device, graph=graph)
         except Exception as reason:
-            if [*calls] == [OURS]:
+            if len(cells) > 1:
+                return [cell for pair in cells for cell in self.timed_in_turn([pair], case, copies, graph=graph)]
+            if OURS in calls:
                 raise
-            for name in calls:
-                if name != OURS:
-                    self.leave_out(name, case, _said(reason))
-            alone = [pair for pair in cells if pair[0]["impl"] == OURS]
-            return self.timed_in_turn(alone, case, copies, graph=graph) if alone else []
+            self.leave_out(cells[0][0]["impl"], case, _said(reason))
+            return []
         if len(calls) > 1:
             how += ", in turn"
         for cell, call in cells:

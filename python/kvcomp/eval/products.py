@@ -11,7 +11,8 @@ import torch
 def slow_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 matrices without vectors here (no AVX-512, no AMX, no Arm BF16)."""
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not (onednn and supported())
 
 
 def suit_cpu(model: Any) -> None:
@@ -33,13 +34,17 @@ def multiply_in_float32(model: Any) -> None:
 
 
 def _is_slow(module: Any) -> bool:
-    if type(module) is not torch.nn.Linear:
+    if type(module) is not torch.nn.Linear or "forward" in vars(module):  # or one that somebody else changed
         return False
-    return module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+    return _suits(module.weight)
+
+
+def _suits(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.numel() == x.shape[-1]:
+    if x.numel() == x.shape[-1] or not (_suits(x) and _suits(module.weight)):
         return torch.nn.functional.linear(x, module.weight, module.bias)
     bias = None if module.bias is None else module.bias.float()
     return torch.nn.functional.linear(x.float(), module.weight.float(), bias).to(x.dtype)
