@@ -8,6 +8,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import kvcomp  # noqa: E402
 from kvcomp import devices, prompt, store_cuda  # noqa: E402
 from kvcomp.hf import attention, graph, library  # noqa: E402
-from kvcomp.hf.step import overlap_options  # noqa: E402
+from kvcomp.hf.step import step_options  # noqa: E402
 from kvcomp.pages import GRANULE_BYTES  # noqa: E402
 from kvcomp.w4 import quantize_model  # noqa: E402
 from test_hf_generate import GREEDY, padded  # noqa: E402
@@ -261,7 +262,8 @@ def check_what_is_not_a_step(model: Any, device: str) -> None:
 
 
 def test_compiled_layers_on_the_cpu() -> None:
-    """All layers share one compiled function; the tokens are those of the model as it is."""
+    """All layers share one compiled function, beside which are the embedding, positions and the last norm; the tokens
+    are those of the model as it is."""
     from torch._dynamo.utils import counters
 
     model, batch = build("qwen3", layers=3), padded([50, 17, 33])
@@ -269,7 +271,7 @@ def test_compiled_layers_on_the_cpu() -> None:
     counters.clear()
     (ids, logits), _ = generated(model, FOUR, batch, compile=True)
     assert torch.equal(ids, expected) and (logits - plain).abs().max() <= 1e-3 * plain.std()
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -279,17 +281,18 @@ def test_compiled_kernels_overlap_where_they_can(capability: tuple[int, int], mo
     from torch import _inductor
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    on = {"triton.enable_pdl": True} if capability >= (9, 0) else {}
+    on = {"triton.enable_pdl": True, "combo_kernels": True} if capability >= (9, 0) else {}
     gpu = torch.device("cuda", 0)
-    assert overlap_options(torch.device("cpu")) == {} and overlap_options(gpu) == on
+    assert step_options(torch.device("cpu")) == {} and step_options(gpu) == on
     given: list[Any] = []
-    monkeypatch.setattr(graph, "compiled_layer", lambda options: given.append(options))
+    monkeypatch.setattr(torch, "compile", lambda run, options, **settings: given.append(options or {}))
+    parts = SimpleNamespace(decoders=[torch.nn.Linear(1, 1)], beside=[torch.nn.Identity()], device=gpu)
     for asked in (True, "auto", {"max_autotune": True}, {"triton.enable_pdl": False}):
         steps = graph.Steps(None, None, 0, lambda: None, True, asked)
-        steps._layer_function(gpu)
-        assert given[-1] == on | (asked if isinstance(asked, dict) else {})
+        assert list(steps._compiled(parts)) == parts.beside + parts.decoders
+        assert given[-2:] == [on | (asked if isinstance(asked, dict) else {})] * 2
     monkeypatch.setattr(_inductor, "list_options", lambda: ["max_autotune"])
-    assert overlap_options(gpu) == {}
+    assert step_options(gpu) == {}
 
 
 def test_compiling_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,13 +302,35 @@ def test_compiling_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*arguments: Any, **settings: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(graph, "compiled_layer", lambda options: fail)
+    monkeypatch.setattr(torch, "compile", lambda run, **settings: fail)
     monkeypatch.setattr(graph.Steps, "_compiles", lambda self, device: bool(self._compile))
     with pytest.warns(UserWarning, match="^compress: compile: decoder layers run as they are: no compiler$"):
         (ids, _), _ = generated(model, FOUR, batch, compile="auto")
     assert torch.equal(ids, expected)
     with pytest.raises(RuntimeError, match="no compiler"):
         generated(model, FOUR, batch, compile=True)
+
+
+def test_compiling_that_fails_beside_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even behind them, when the new token is in the cache: what fails runs as it is, and is not tried again."""
+    model, batch = build("llama"), padded([50, 17, 33])
+    (expected, _), _ = generated(model, FOUR, batch)
+    failed: list[Any] = []
+
+    def compile(run: Any, **settings: Any) -> Any:
+        def compiled(module: Any, args: Any, kwargs: Any) -> Any:
+            if type(module).__name__ == "LlamaRMSNorm":
+                failed.append(module)
+                raise RuntimeError("no compiler")
+            return run(module, args, kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.warns(UserWarning, match="^compress: compile: LlamaRMSNorm runs as it is: no compiler$"):
+        (ids, _), _ = generated(model, FOUR, batch, compile=True)
+    assert torch.equal(ids, expected) and failed == [model.model.norm]
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -405,15 +430,15 @@ def test_compiled_layers_see_a_plain_name() -> None:
     model, batch = build("llama"), padded([50, 17])
     names = []
 
-    def look(options: Any) -> Any:
-        def run(layer: Any, args: Any, kwargs: Any) -> Any:
-            names.append(layer.self_attn.config._attn_implementation)
-            return type(layer).forward(layer, *args, **kwargs)
+    def look(run: Any, **settings: Any) -> Any:
+        def compiled(module: Any, args: Any, kwargs: Any) -> Any:
+            names.append(model.config._attn_implementation)
+            return run(module, args, kwargs)
 
-        return run
+        return compiled
 
     with pytest.MonkeyPatch.context() as patch, kvcomp.compress(model, FOUR, compile=True):
-        patch.setattr(graph, "compiled_layer", look)
+        patch.setattr(torch, "compile", look)
         model.generate(**batch, **GREEDY)
         assert {type(name) for name in names} == {str} and set(names) == {attention.NAME}
         assert model.config._attn_implementation.previous == "sdpa"
@@ -655,7 +680,7 @@ def test_kernels_that_overlap_give_the_same(weights: int) -> None:
     model, batch = model.cuda(), cuda(padded([150, 117, 90, 20]))
     runs = [
         generated(model, FOUR, batch, settings, compile=compile)
-        for compile in (True, {"triton.enable_pdl": False}, {"triton.enable_pdl": True})
+        for compile in (True, {"triton.enable_pdl": False, "combo_kernels": False}, {"combo_kernels": False})
     ]
     for (ids, logits), packing in runs:
         assert packing.steps.replays >= 190

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 import kvcomp  # noqa: E402
-from kvcomp.hf import context, graph, loop, step  # noqa: E402
+from kvcomp.hf import context, loop  # noqa: E402
 from test_hf_generate import EXACT, padded  # noqa: E402
 from test_hf_models import build, tokens  # noqa: E402
 
@@ -130,7 +130,23 @@ def test_the_next_step_is_ready_before_the_end_is_asked_for(model: Any, monkeypa
         past_key_values=kvcomp.Cache(model.config, EXACT), custom_generate=loop.decode,
     )  # fmt: skip
     step = ["send", "ready", "wait", "pass"]
-    assert events == ["ready", "pass", *step, *step, "send", "ready", "wait"]
+    assert events == ["ready", "pass", *step, *step, "send"]  # the host counts tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows, count", [(1, 128256), (8, 32064), (3, 50257), (2, 211), (5, 2 * 10007), (2, 1)])
+def test_the_largest(rows: int, count: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.argmax has it: the first of several, and NaN before all."""
+    found = loop._largest
+    if device == "cpu":  # the way of a GPU, as a row's parts
+        monkeypatch.setattr(loop, "_in_parts", lambda rows: True)
+    logits = torch.randn(rows, count, device=device, generator=torch.Generator(device).manual_seed(1))
+    cases = [logits, logits.round(), torch.zeros_like(logits), torch.full_like(logits, -torch.inf), logits.clone()]
+    cases[-1][0, count // 3] = cases[-1][0, count // 2] = torch.nan
+    for case in cases:
+        want = [row.index(max(row)) for row in case.nan_to_num(torch.inf).tolist()]
+        got = found(case)
+        assert got.dtype == torch.int64 and got.tolist() == want == torch.argmax(case, -1).tolist()
 
 
 def test_which_calls_it_takes(model: Any) -> None:
@@ -217,7 +233,7 @@ def test_a_pass_is_asked_for_when_nothing_is_left_to_do(
 ) -> None:
     """Inside compress: the same tokens and passes, ended early too, and a cache that goes on as it should."""
     monkeypatch.setattr(context, "_kind_of", lambda model: "cuda")
-    monkeypatch.setattr(graph, "compiled_layer", lambda options: step._run_layer)  # without the compiler
+    monkeypatch.setattr(torch, "compile", lambda run, **settings: run)
     given: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     plain = model.generate(tokens(1, 40), **given, past_key_values=kvcomp.Cache(model.config, EXACT))
     end = int(plain[0, 45])

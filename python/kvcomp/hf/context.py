@@ -175,11 +175,12 @@ def compress(
 
     graphs: on a GPU, decode steps (passes of one new token of every sequence) are recorded as a CUDA graph once and
         replayed. KVCOMP_GRAPHS=0 in the environment turns it off, too.
-    compile: torch.compile runs the decoder layers of decode steps: True; "auto": on a GPU, and where it works; or its
-        options, as a dict. The first step takes as long as compiling does. Layers that read the same rows (queries,
-        keys and values; gate and up) are then one product: their weights are parts of one tensor until the way out.
-        Its kernels begin while those ahead of them end, where the device and torch can do that (sm_90; an option of
-        its own, triton.enable_pdl, turns it off).
+    compile: torch.compile runs the decoder layers of decode steps and what lies beside them (embedding, positions, last
+        norm): True; "auto": on a GPU, and where it works; or its options, as a dict. The first step takes as long as
+        compiling does. Layers that read the same rows (queries, keys and values; gate and up) are then one product:
+        their weights are parts of one tensor until the way out. Its kernels begin while those ahead of them end, and
+        small ones side by side are one, where the device and torch can do that (sm_90; its own options
+        triton.enable_pdl and combo_kernels turn that off).
     prefill_chunk: tokens of a prompt that are read at once, where only the last one's logits are asked for, as generate
         does; keys and values of all of them are kept until the last chunk has run. None: all.
     by_sequence: read the prompts of a batch one after the other, each compressed before the next (bytes of a budget are

@@ -1,5 +1,5 @@
-"""Decode steps inside kvcomp.compress: each recorded once as a CUDA graph, with decoder layers compiled where asked
-for, and replayed from then on. What cannot be recorded runs as it always did.
+"""Decode steps inside kvcomp.compress: each recorded once as a CUDA graph, where asked for with decoder layers and what
+lies beside them compiled, and replayed from then on. What cannot be recorded runs as it always did.
 
 A step of a new kind (another cache, batch, arguments; tensors that moved) runs as it is, which is also what readies
 libraries and compilers; the second one of its kind is recorded, which runs nothing, and replayed, as are all later
@@ -18,7 +18,17 @@ from typing import Any, Literal
 import torch
 
 from .joined import Joined
-from .step import Parts, Step, compiled_layer, overlap_options, step_of, stepping
+from .step import (
+    Compiled,
+    Parts,
+    Step,
+    compiled_forward,
+    compiled_or_plain,
+    first_line,
+    step_of,
+    step_options,
+    stepping,
+)
 
 Compile = bool | Literal["auto"] | dict[str, Any]
 
@@ -62,8 +72,8 @@ class Steps:
     """Runs the decode steps of one model.
 
     forward: the model's own. graphs: record steps over caches on a GPU (KVCOMP_GRAPHS=0 in the environment: never).
-    compile: compile decoder layers: True, or "auto": on a GPU, and left alone where it fails; or options of
-        torch.compile, which go before `overlap_options`.
+    compile: compile decoder layers, and what lies beside them (embedding, positions, last norm): True, or "auto": on a
+        GPU, and left alone where it fails; or options of torch.compile, which go before `step_options`.
     """
 
     def __init__(
@@ -73,7 +83,8 @@ class Steps:
         self._takes_positions = "position_ids" in inspect.signature(forward).parameters
         self._graphs = graphs and os.environ.get("KVCOMP_GRAPHS", "1") != "0"
         self._compile = compile
-        self._compiled: Callable[..., Any] | None = None
+        self._decoder: Compiled | None = None
+        self._beside: dict[type, Compiled] = {}
         self._joins = True
         self._joined: Joined | None = None
         self._joined_at: tuple[int, ...] = ()  # addresses
@@ -138,8 +149,8 @@ class Steps:
         ):
             return None
         parts.look()
-        compiled = self._layer_function(device) if compiles and parts.decoders else None
-        if compiled is not None and self._joins:
+        compiled = self._compiled(parts) if compiles else {}
+        if compiled and self._joins:
             self._join(parts)
         if packed.stacked is None:
             return self._eager(step, parts, compiled)
@@ -155,11 +166,18 @@ class Steps:
     def _compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self._compile == "auto" else bool(self._compile)
 
-    def _layer_function(self, device: torch.device) -> Callable[..., Any] | None:
-        if self._compiled is None:
-            given = self._compile if isinstance(self._compile, dict) else {}
-            self._compiled = compiled_layer(overlap_options(device) | given)
-        return self._compiled
+    def _compiled(self, parts: Parts) -> dict[torch.nn.Module, Compiled]:
+        """What runs compiled; nothing, where the decoder layers are not of one kind."""
+        if not parts.decoders or parts.device is None:
+            return {}
+        kinds = {type(module) for module in parts.beside} - set(self._beside)
+        if self._decoder is None or kinds:  # asking for options takes milliseconds
+            options = step_options(parts.device) | (self._compile if isinstance(self._compile, dict) else {})
+            self._decoder = self._decoder or compiled_forward(options)
+            self._beside |= {kind: compiled_or_plain(options) for kind in kinds}
+        return {module: self._beside[type(module)] for module in parts.beside} | dict.fromkeys(
+            parts.decoders, self._decoder
+        )
 
     def _join(self, parts: Parts) -> None:
         """Layers that read the same rows are one product in compiled steps; again after the model moved."""
@@ -180,8 +198,8 @@ class Steps:
             self._joined = None
 
     @contextlib.contextmanager
-    def _stepping(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Iterator[None]:
-        joined = self._joined if compiled is not None else None
+    def _stepping(self, step: Step, parts: Parts, compiled: dict[torch.nn.Module, Compiled]) -> Iterator[None]:
+        joined = self._joined if compiled else None
         with stepping(parts, step.cache, compiled), contextlib.nullcontext() if joined is None else joined.active():
             yield
 
@@ -197,7 +215,7 @@ class Steps:
 
     # ---- as it is
 
-    def _eager(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+    def _eager(self, step: Step, parts: Parts, compiled: dict[torch.nn.Module, Compiled]) -> Any:
         """The step, run now."""
         self._ask()
         state = step.cache._state
@@ -209,20 +227,20 @@ class Steps:
         state.step_done()
         return out
 
-    def _tried(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+    def _tried(self, step: Step, parts: Parts, compiled: dict[torch.nn.Module, Compiled]) -> Any:
         """The step's output; where compiling fails, without joined layers, and then ("auto") without compiling."""
         try:
             with self._stepping(step, parts, compiled):
                 return self._call(step, step.tensors)
         except Exception as error:
-            if compiled is None or step.cache._state.step_began():
+            if not compiled or step.cache._state.step_began():
                 raise
             if self.joined:
                 self._joins = False
                 self._undo_joins()
             elif self._compile == "auto":
-                self._compile, compiled = False, None
-                warnings.warn(f"compress: compile: decoder layers run as they are: {_first_line(error)}", stacklevel=2)
+                self._compile, compiled = False, {}
+                warnings.warn(f"compress: compile: decoder layers run as they are: {first_line(error)}", stacklevel=2)
             else:
                 raise
         return self._tried(step, parts, compiled)
@@ -232,7 +250,7 @@ class Steps:
 
     # ---- recorded
 
-    def _recorded(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> Any:
+    def _recorded(self, step: Step, parts: Parts, compiled: dict[torch.nn.Module, Compiled]) -> Any:
         """The step replayed; recorded before, where it is the second of its kind; as it is, where it is the first."""
         state = step.cache._state
         assert state.packed is not None and state.packed.stacked is not None
@@ -240,7 +258,7 @@ class Steps:
         kinds = self._kinds.setdefault(state.packed, _Kinds())
         key = stacked.step_key()
         kinds.at((key[0], parts.addresses))
-        kind = (key, step.shapes, compiled is not None)
+        kind = (key, step.shapes, bool(compiled))
         recording = kinds.recorded.get(kind)
         if recording is None:
             self._ask()
@@ -249,7 +267,7 @@ class Steps:
                 recording = kinds.recorded[kind] = self._record(step, parts, compiled)
             except Exception as error:  # nothing has run yet
                 self._graphs = False
-                warnings.warn(f"compress: graphs: steps run as they are: {_first_line(error)}", stacklevel=2)
+                warnings.warn(f"compress: graphs: steps run as they are: {first_line(error)}", stacklevel=2)
         if recording is None:
             out = self._on_side(lambda: self._eager(step, parts, compiled))
             kinds.run.add(kind)
@@ -267,7 +285,7 @@ class Steps:
         state.step_done()
         return recording.copied(step.cache)
 
-    def _record(self, step: Step, parts: Parts, compiled: Callable[..., Any] | None) -> _Recording:
+    def _record(self, step: Step, parts: Parts, compiled: dict[torch.nn.Module, Compiled]) -> _Recording:
         packed = step.cache._state.packed
         assert packed is not None and packed.stacked is not None
         inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in step.tensors.items()}
@@ -304,7 +322,3 @@ class Steps:
                 return work()
         finally:
             current.wait_stream(self._side)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

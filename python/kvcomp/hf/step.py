@@ -7,7 +7,8 @@ other things that neither torch.compile nor a CUDA graph could take along."""
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .library import handle
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache")
 _SETTINGS = ("logits_to_keep", "return_dict")
+Compiled = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]  # the forward of such a module
 _REAL_TAIL = "_kvc_real_tail"  # on a mask: generate added its last column, of ones, to a mask that had been checked
 
 
@@ -96,8 +98,9 @@ def _layer_of(module: torch.nn.Module) -> int:
 
 
 class Parts:
-    """What of a model a step runs in its own way: attention modules by layer, and decoder layers, all of which run one
-    compiled function. Read again when a hook was added anywhere."""
+    """What of a model a step runs in its own way: attention modules by layer; decoder layers, all of which run one
+    compiled function; and what lies beside these in their model (embedding, positions, last norm), each of which runs
+    one of its own. Read again when a hook was added anywhere."""
 
     def __init__(self, model: torch.nn.Module, config: Any, layers: int) -> None:
         self.hooks = RemovableHandle.next_id
@@ -115,16 +118,23 @@ class Parts:
             str(getattr(module, "rope_type", "")) == "longrope" or "dynamic" in str(getattr(module, "rope_type", ""))
             for module in modules
         )  # position embeddings that look at positions, which a recording cannot
-        self.decoders: list[torch.nn.Module] = []
-        for module in modules:
-            if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
-                inside = [sum(part in self.attention for part in layer.modules()) for layer in module]
-                if all(count == 1 for count in inside) and len({type(layer) for layer in module}) == 1:
-                    self.decoders = list(module)
+        self.decoders, self.beside = self._decoders(model, layers)
+        if self.positions_on_host:
+            self.beside = []
         self._tensors = [*model.parameters(), *model.buffers()]
         self.look()
         devices = {parameter.device for parameter in model.parameters()}
         self.device = devices.pop() if len(devices) == 1 else None
+
+    def _decoders(self, model: torch.nn.Module, layers: int) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+        """Decoder layers of one kind, and the modules beside their list; nothing where there are none."""
+        for holder in model.modules():
+            for module in holder.children():
+                if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
+                    inside = [sum(part in self.attention for part in layer.modules()) for layer in module]
+                    if all(count == 1 for count in inside) and len({type(layer) for layer in module}) == 1:
+                        return list(module), [child for child in holder.children() if child is not module]
+        return [], []
 
     def look(self) -> None:
         """Where the model's tensors are now. All of them: of a model that moved, some may be where they were."""
@@ -135,33 +145,56 @@ class Parts:
         return bool(self.hooks != RemovableHandle.next_id)
 
 
-def _run_layer(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
+def _run_module(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return type(module).forward(module, *args, **kwargs)
 
 
-def compiled_layer(options: dict[str, Any]) -> Callable[..., Any]:
-    """torch.compile of a decoder layer's forward, of a code object of its own: how often one may be compiled anew is
-    limited, and other models must not count."""
-    own = types.FunctionType(_run_layer.__code__.replace(), _run_layer.__globals__, "decoder_layer")
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=options or None)
+def compiled_forward(options: dict[str, Any]) -> Compiled:
+    """torch.compile of the forward of modules of one type, of a code object of its own: how often one may be compiled
+    anew is limited, and other models must not count."""
+    own = types.FunctionType(_run_module.__code__.replace(), _run_module.__globals__, "step_module")
+    compiled: Compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options or None)
     return compiled
 
 
-def overlap_options(device: torch.device) -> dict[str, Any]:
+def compiled_or_plain(options: dict[str, Any]) -> Compiled:
+    """The same, of modules that run as they are from where compiling them has failed on."""
+    compiled: Compiled | None = compiled_forward(options)
+
+    def run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal compiled
+        if compiled is not None:
+            try:
+                return compiled(module, args, kwargs)
+            except Exception as error:
+                compiled = None
+                message = f"compress: compile: {type(module).__name__} runs as it is: {first_line(error)}"
+                warnings.warn(message, stacklevel=2)
+        return _run_module(module, args, kwargs)
+
+    return run
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def step_options(device: torch.device) -> dict[str, Any]:
     """Options of torch.compile with which its kernels begin before the ones ahead of them have ended, as this package's
-    do (programmatic dependent launch, sm_90 and later); none where the device or this torch has no such thing. That
-    rests on every kernel waiting for the one ahead of it before it ends, as inductor's that load anything do."""
+    do (programmatic dependent launch, sm_90 and later), and small ones that do not need each other (the rotations of
+    queries and keys) are one; none where the device or this torch has no such thing. That rests on every kernel waiting
+    for the one ahead of it before it ends, as inductor's that load anything do."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     from torch import _inductor  # takes long, and is loaded by what comes next anyway
 
-    name = "triton.enable_pdl"
-    return {name: True} if name in _inductor.list_options() else {}
+    names = ("triton.enable_pdl", "combo_kernels")
+    return dict.fromkeys(names, True) if set(names) <= set(_inductor.list_options()) else {}
 
 
 @contextlib.contextmanager
-def stepping(parts: Parts, cache: Cache, compiled: Callable[..., Any] | None) -> Iterator[None]:
-    """Inside, forward passes of the model are steps over `cache`."""
+def stepping(parts: Parts, cache: Cache, compiled: Mapping[torch.nn.Module, Compiled]) -> Iterator[None]:
+    """Inside, forward passes of the model are steps over `cache`; the modules that are `compiled` run that."""
     state = cache._state
     assert state.packed is not None
     handles = [handle(layer) for layer in state.packed.layers]
@@ -171,23 +204,23 @@ def stepping(parts: Parts, cache: Cache, compiled: Callable[..., Any] | None) ->
     try:
         for module in parts.attention:
             setattr(module, STEP, handles[_layer_of(module)])
-        if compiled is not None:
+        if compiled:
             # A plain str: torch.compile does not look up others in every version. What was set before is not asked for.
             state.config._attn_implementation = NAME
-            for layer in parts.decoders:
-                layer.forward = functools.partial(_without_cache, compiled, layer)
+            for module, run in compiled.items():
+                module.forward = functools.partial(_without_cache, run, module)
         yield
     finally:
         state.stepping = False
         state.config._attn_implementation = implementation
         for module in parts.attention:
             vars(module).pop(STEP, None)
-        for layer in parts.decoders:
-            vars(layer).pop("forward", None)
+        for module in compiled:
+            vars(module).pop("forward", None)
 
 
-def _without_cache(compiled: Callable[..., Any], layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The layer without the cache, whose update would be asked for by number and so compile every layer anew."""
+def _without_cache(compiled: Compiled, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module without the cache, whose update would be asked for by number and so compile every layer anew."""
     args = tuple(None if isinstance(value, Cache) else value for value in args)
     kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    return compiled(layer, args, kwargs)
+    return compiled(module, args, kwargs)
