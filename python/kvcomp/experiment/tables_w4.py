@@ -238,5 +238,6 @@ SOURCES = {
     **{name: (_H200 / "w4.json", "w4", name) for name in ("w4", "w4_sweep", "w4_scales", "w4_weights", "w4_targets")},
     "w4_offline": (Path("experiments/results/cpu/w4_paper_table.csv"), "w4_offline", "w4_offline"),
     "w4_offline_h200": (_H200 / "w4_paper_table.csv", "w4_offline", "w4_offline"),
+    "w4_offline_h200_packed": (_H200 / "w4_packed_paper_table.csv", "w4_offline", "w4_offline"),
     "w4_claims": (Path("experiments/results/w4_claims.json"), "w4_claims", "w4_claims"),
 }
