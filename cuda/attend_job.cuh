@@ -9,7 +9,7 @@ namespace {
 
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NOTHING = -1e30f; /* a maximum over no tokens */
+constexpr float NOTHING = -3.4028235e38f; /* a maximum over no tokens */
 
 /* Weights are 2^(x - shift), with x the logit in bits. Times V's scale they are numbers of 16 bits, integers or
  * fp16: the shift is chosen so that a page's largest one is 2^14.5, and stays while that lies between 2^11 and
@@ -18,6 +18,8 @@ constexpr float SHIFT_AT = 14.5f, SHIFT_LEAST = 11.0f;
 constexpr float MOST_WEIGHT = 64600.0f, LEAST_WEIGHT = 2048.0f;
 /* Weights 2^-37 of the greatest one may be lost: 2^17 of them are 2^-20 of it. */
 constexpr float SHIFT_NEGLIGIBLE = 26.0f;
+/* Weights by themselves: below 2^40 where V's scale, at least 2^-24, has its part; a scale of 0 bounds nothing. */
+constexpr float MOST_BARE_WEIGHT = 0x1p44f;
 
 constexpr int SLOT = 4608;               /* bytes of a copy at most: 4096 of codes, 256 of
                                             scales and zeros; K and V of 2 bits */

@@ -100,7 +100,9 @@ __device__ __forceinline__ void lay_out_query(const attend_job &a, int list, int
     for (int k = 0; k < N; k++) bits = max(bits, __float_as_uint(fabsf(x[k])));
     bits = __reduce_max_sync(ALL, bits);
     const bool strange = bits >= 0x7f800000u; /* NaN or infinite: so is what comes out */
-    const float most = __uint_as_float(bits), to_fixed = most > 1e-30f && !strange ? __fdividef(32600.0f, most) : 0.0f;
+    const float most = __uint_as_float(bits);
+    /* both by 2^-8: __fdividef gives 0 where a divisor is above 2^126 */
+    const float to_fixed = most > 1e-30f && !strange ? __fdividef(0x1p-8f * 32600, 0x1p-8f * most) : 0.0f;
     int sum = 0;
 #pragma unroll
     for (int k = 0; k < N; k++) {
@@ -298,6 +300,17 @@ __device__ __forceinline__ int tokens_behind(const attend_job &a, int tail_page,
     int behind = tail_tokens;
     for (int i = page + 1; i < tail_page && behind < a.q; i++) behind += a.table[(int64_t)list * a.capacity + i].tokens;
     return behind;
+}
+
+/* The unit for logits of a page, lower by what rounding may do to it: so the greatest ones are not below what a unit is
+ * chosen for, and `at_most` brings them there. It matters where shifts have lost the fraction of a bit. */
+__device__ __forceinline__ float unit_for(float shift) { return fmaf(fabsf(shift), -0x1p-21f, shift); }
+
+/* NaN stays NaN. */
+__device__ __forceinline__ float at_most(float x, float most) {
+    float y;
+    asm("min.NaN.f32 %0,%1,%2;" : "=f"(y) : "f"(x), "f"(most));
+    return y;
 }
 
 /* Two 16-bit floats each: the numbers rounded, and what that leaves. */

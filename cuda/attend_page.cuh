@@ -247,27 +247,26 @@ template <int D, int NQ> struct worker {
                                           const float (&zero)[8], float above) const {
 #pragma unroll
         for (int t = 0; t < QT; t++) {
-            weight[t] = offset[t] = most[t] = 0;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const float w = exp2_of(x[t][j]);
-                weight[t] += w;
-                offset[t] = fmaf(w, zero[j], offset[t]);
+                weight[t] = j == 0 ? w : weight[t] + w;
+                offset[t] = j == 0 ? w * zero[j] : fmaf(w, zero[j], offset[t]);
                 n[t][j] = fmaf(w, scale[j], above);
-                most[t] = fmaxf(most[t], n[t][j]);
+                most[t] = j == 0 ? n[t][j] : fmaxf(most[t], n[t][j]);
             }
         }
     }
 
     /* Before a page's V: sums become what this page adds to, and get a new unit of weights where this page's are too
-     * large for 16 bits or, with integers, too small to be exact enough; then true, and x is relative to that. `most`:
-     * of `weigh`. */
+     * large for 16 bits or, with integers, too small to be exact enough; then true, and x is relative to that. `most`,
+     * `weight`: of `weigh`. */
     __device__ __forceinline__ bool settle(float (&x)[QT][8], const float (&scale)[8], const float (&most)[QT],
-                                           float above, int what) {
+                                           const float (&weight)[QT], float above, int what) {
         bool large = false, small = false;
 #pragma unroll
         for (int t = 0; t < QT; t++) {
-            large = large || !(most[t] <= above + MOST_WEIGHT);
+            large = large || most[t] > above + MOST_WEIGHT || weight[t] > MOST_BARE_WEIGHT;
             if (INTEGER && what != SUMS_FLOAT) { /* of lanes with this query one must have a weight of some size */
                 uint32_t enough = __ballot_sync(ALL, most[t] >= above + LEAST_WEIGHT && top[t] > NOTHING);
                 enough |= enough >> 16;
@@ -279,13 +278,15 @@ template <int D, int NQ> struct worker {
         }
         const int limit = held == SUMS_FLOAT ? DRAIN_PAGES : DRAIN_PAGES_OF_CODES;
         if (__builtin_expect(!__any_sync(ALL, large || small) && held == what && since_drain < limit, 1)) return false;
-        float logit[QT]; /* the greatest, plus log2 of V's scale */
+        float logit[QT], log_scale[8]; /* logit: the greatest, plus log2 of V's scale */
         bool change = large;
+#pragma unroll
+        for (int j = 0; j < 8; j++) log_scale[j] = fmaxf(log2_of(scale[j]), -24.0f);
 #pragma unroll
         for (int t = 0; t < QT; t++) {
             logit[t] = -INFINITY;
 #pragma unroll
-            for (int j = 0; j < 8; j++) logit[t] = fmaxf(logit[t], x[t][j] + fmaxf(log2_of(scale[j]), -24.0f));
+            for (int j = 0; j < 8; j++) logit[t] = fmaxf(logit[t], x[t][j] + log_scale[j]);
 #pragma unroll
             for (int o = 4; o < 32; o <<= 1) logit[t] = fmaxf(logit[t], __shfl_xor_sync(ALL, logit[t], o));
             const float least = what == SUMS_FLOAT || !INTEGER ? -INFINITY : SHIFT_LEAST;
@@ -302,14 +303,14 @@ template <int D, int NQ> struct worker {
             const float lowest = top[t] == NOTHING ? NOTHING
                                  : INTEGER         ? top[t] - SHIFT_NEGLIGIBLE - SHIFT_AT
                                                    : shift[t];
-            const float next = fmaxf(logit[t] + shift[t] - SHIFT_AT, lowest), less = shift[t] - next;
+            const float next = fmaxf(unit_for(logit[t] + shift[t] - SHIFT_AT), lowest), less = shift[t] - next;
             const float by = top[t] == NOTHING ? 0.0f : exp2_of(less);
             shift[t] = next;
             top[t] = fmaxf(top[t], next);
             weights[t] *= by;
             zeros[t] *= by;
 #pragma unroll
-            for (int j = 0; j < 8; j++) x[t][j] += less;
+            for (int j = 0; j < 8; j++) x[t][j] = at_most(x[t][j] + less, SHIFT_AT + 1 - log_scale[j]);
         }
         return true;
     }
@@ -366,14 +367,8 @@ template <int D, int NQ> struct worker {
     __device__ __forceinline__ void add_weights(float (&n)[QT][8], float (&x)[QT][8], const float (&scale)[8],
                                                 const float (&zero)[8], float above, int what) {
         float weight[QT], offset[QT], most[QT];
-        bool settled = false;
-#pragma unroll 1
-        do {
-            weigh(n, weight, offset, most, x, scale, zero, above);
-            settled = settled || !settle(x, scale, most, above, what);
-            if (settled) break;
-            settled = true;
-        } while (true);
+        weigh(n, weight, offset, most, x, scale, zero, above);
+        if (settle(x, scale, most, weight, above, what)) weigh(n, weight, offset, most, x, scale, zero, above);
         since_drain++;
 #pragma unroll
         for (int t = 0; t < QT; t++) {

@@ -377,14 +377,15 @@ template <int D, int N> struct rows_worker {
             float by = 1;
             if (fabsf(logit[t]) < INFINITY) { /* else nothing is seen, or a NaN */
                 const float lowest = begun >> t & 1 ? before[t] : NOTHING;
-                const float next = fmaxf(logit[t] + before[t] - ROWS_SHIFT_AT, lowest), less = before[t] - next;
+                const float next = fmaxf(unit_for(logit[t] + before[t] - ROWS_SHIFT_AT), lowest),
+                            less = before[t] - next;
                 by = begun >> t & 1 ? exp2_of(less) : 0.0f;
                 constants[query(t)].z = next; /* by every lane of the query the same */
                 begun |= 1u << t;
                 weights[t] *= by;
                 zeros[t] *= by;
 #pragma unroll
-                for (int j = 0; j < 2; j++) x[t][j] += less;
+                for (int j = 0; j < 2; j++) x[t][j] = at_most(x[t][j] + less, ROWS_SHIFT_AT + 1 - log_scale[j]);
             }
             if (empties) drain_query(t, by);
         }
@@ -430,7 +431,9 @@ template <int D, int N> struct rows_worker {
             const bool large = weigh<KIND>(weight, offset, x, scale, zero);
             if (T == 16) hold(weight), hold(offset); /* now, rather than keep what they are made of */
             fence_async();
-            const bool wrong = any_of_group(large || begun != (1u << T) - 1);
+            /* A weight may be infinite where V's scale is 0, and what is rounded then says nothing. */
+            const bool hidden = KIND == WEIGHTS_HALF && (scale[0] == 0 || scale[1] == 0);
+            const bool wrong = any_of_group(large || hidden || begun != (1u << T) - 1);
             if (__builtin_expect(!wrong, 1) || settled || !settle(x, scale)) break;
             settled = true;
         }

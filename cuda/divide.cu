@@ -1,7 +1,8 @@
 /* divide.cu: kvc_divide_cuda (divide.h). One block a layer: what lists cost, where blocks begin, at which page.
  *
  * Two ways to divide, the better one is taken. Apart: every list has blocks of its own, as many as its cost asks
- * for, so that no block works on two lists. Through: equal shares of everything, lists one behind the other. */
+ * for and its pages keep busy, so that no block works on two lists. Through: equal shares of everything, lists one
+ * behind the other. */
 #include "common.cuh"
 #include "kvcomp/divide.h"
 
@@ -18,6 +19,10 @@ constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memor
 constexpr uint32_t PAGE_COST = 12, LIST_COST = 3840;
 
 constexpr int MIXED_PAGES = 128; /* of a block: with more its warps stay with a class for long (kvc_share.mixed) */
+
+/* Pages of a block at least, apart: about one for each of its warps, which work on them at the same time. More blocks
+ * would be no sooner done, leave more parts to add up, and no multiprocessor on which the next layer's may begin. */
+constexpr int LEAST_PAGES = 8;
 
 constexpr int SEGMENT = 128, MOST_SHARED = 160 << 10; /* pages; bytes */
 
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(THREADS) divide_kernel(const __grid_constant__
             const int blocks = cut(costs[i], apart);
             /* the cost is wanted again: it lies in its share until then */
             shares[i].fixed_pages = (int32_t)costs[i];
-            costs[i] = max(1, min(blocks, pages));
+            costs[i] = max(1, min(blocks, (pages + LEAST_PAGES - 1) / LEAST_PAGES));
         }
         __syncthreads();
         const int blocks = (int)prefix(costs, n, 0, scratch);

@@ -37,6 +37,20 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Te
     return keys, values
 
 
+def spots(where: slice, key: float, value: float | None = None) -> Rows:
+    """Keys of zeros but for some tokens; values of normal numbers, but for the same tokens'."""
+
+    def rows(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = torch.zeros(shape, device=generator.device), torch.empty(shape, device=generator.device)
+        values.normal_(generator=generator)
+        keys[..., where, :] = key
+        if value is not None:
+            values[..., where, :] = value
+        return keys, values
+
+    return rows
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 

@@ -24,6 +24,7 @@ from reference_torch import (  # noqa: E402
     mixed,
     queries_of,
     same_bits,
+    spots,
     uniform,
 )
 
@@ -120,6 +121,49 @@ def test_one_huge_logit(spot: int, q: int) -> None:
         for sign in (1.0, -1.0):
             cache.check(torch.full((1, 4, q, 64), sign, device="cuda"), scale=1.0, with_mass=False)
         cache.check(torch.ones(1, 4, q, 64, device="cuda"), scale=1.0, softcap=50.0, with_mass=False)
+
+
+@pytest.mark.parametrize("size", [1e6, 3e7, 4e8, 1e9, 1e12, 1e30, 1e37])
+@pytest.mark.parametrize("q", [3, 7, 16])
+def test_huge_logits(size: float, q: int) -> None:
+    """float has no step of 1 at such logits: still, one that is above the others takes everything, one below them
+    nothing, and among equal ones weights are shares."""
+    for spot in (0, 70, 400):
+        for pages in (uniform(4, 4, 448) + uniform(16, 16, 52), uniform(2, 8, 500), uniform(16, 3, 500)):
+            cache = Cache((64, 64, 1, FLOAT16, FP16), [pages], rows=spots(slice(spot, spot + 1), 100.0))
+            for sign in (1.0, -1.0):
+                queries = torch.full((1, 4, q, 64), sign * size / 6400, device="cuda")
+                cache.check(queries, scale=1.0, with_mass=False)
+    for bits in (4, 2, 16):  # a warpgroup has several pages
+        lists = [uniform(bits, bits, 1500)] * 264
+        cache = Cache((64, 64, 1, FLOAT16, FP16), lists, batch=264, rows=spots(slice(1200, 1201), 100.0))
+        cache.check(torch.full((264, 4, q, 64), size / 6400, device="cuda"), scale=1.0, with_mass=False)
+    for pages in (uniform(4, 4, 1000), uniform(2, 2, 1000) + uniform(16, 16, 100), uniform(16, 8, 1000)):
+        cache = Cache((64, 64, 1, FLOAT16, FP16), [pages] * 264, batch=264, rows=spots(slice(None), 100.0), rotation=0)
+        out = cache.attend(torch.full((264, 4, q, 64), size / 6400, device="cuda"), scale=1.0)
+        low, high = cache.values.amin(2, keepdim=True) - 0.02, cache.values.amax(2, keepdim=True) + 0.02
+        assert bool(((out >= low) & (out <= high)).all()), pages[0]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize("gap", [30.0, 65.0, 78.0, 80.0, 88.0, 150.0, 1e4])
+def test_zero_scales_of_values(value: float, gap: float) -> None:
+    """Rows of V that are one number have a scale of 0, which bounds no weight: neither is it infinite, nor lost. Lists
+    of which a warpgroup has one page, and so many that it has several."""
+    for where in (slice(1200, 1201), slice(1216, None, 2)):
+        for bits in (4, 2, 8):
+            lists = [uniform(bits, bits, 1500)] * 264
+            cache = Cache((64, 64, 1, FLOAT16, FP16), lists, batch=264, rows=spots(where, 1.0, value), rotation=0)
+            for q in (4, 8, 16):
+                queries = torch.full((264, 4, q, 64), gap / 64, device="cuda")
+                cache.check(queries, scale=1.0, with_mass=False)
+    for where in (slice(0, 1), slice(70, 71), slice(400, 401), slice(1, None, 2), slice(192, 256), slice(None)):
+        for pages in (uniform(4, 4, 500), uniform(2, 2, 500), uniform(8, 3, 500) + uniform(16, 16, 40)):
+            cache = Cache((64, 64, 1, FLOAT16, FP16), [pages], rows=spots(where, 1.0, value), rotation=0)
+            for q in (4, 16):
+                queries = torch.full((1, 4, q, 64), gap / 64, device="cuda")
+                queries[:, 1::2] *= -1
+                cache.check(queries, scale=1.0, with_mass=False)
 
 
 @pytest.mark.parametrize("step", [0.01, 0.1, 1.0, 3.0])

@@ -209,6 +209,12 @@ def test_appends_leave_no_page_out(name: str) -> None:
     assert_whole(division, state, state[:, TAIL_PAGE])
 
 
+def test_short_lists_leave_multiprocessors_free() -> None:
+    """Where every list has blocks of its own, a block has eight pages, one for each of its warps, rather than fewer."""
+    (division,), _ = divide([[uniform(2, 2, 64 * pages) for pages in (64, 60, 8, 7, 1)]])
+    assert division.shares[:, 1].tolist() == [8, 8, 1, 1, 1]
+
+
 def test_layers_do_not_touch_each_other() -> None:
     layers = [ragged(seed, 96, 1000 * seed) for seed in range(5)] + [[[]] * 96, [uniform(2, 2, 4096)] * 96]
     divisions, states = divide(layers)
