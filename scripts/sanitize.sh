@@ -15,8 +15,9 @@ cp -r python/kvcomp "$build/package/"
 cp "$build/_C.abi3.so" "$build/package/kvcomp/"
 [ "${1-}" != build ] || exit 0
 
-# Leaks are not looked for: the interpreter's own would drown ours.
-tests=(tests/test_{append,arena,args,attend,bsr,decode_policy,format,fuzz,pack,parallel,plan,policy,prompt,rotate,score,select,shrink,store,w4}.py)
+# Leaks are not looked for: the interpreter's own would drown ours. Left out is what compares plans and scales with the
+# best there are, which Python looks for, 20 times as long here: other tests take the same ways through the C core.
+tests=(-k "not optimum and not as_good_as" tests/test_{append,arena,args,attend,bsr,decode_policy,format,fuzz,pack,parallel,plan,policy,prompt,rotate,score,select,shrink,store,w4}.py)
 # libubsan brings in libstdc++, without which libasan meets exceptions of torch that it cannot pass on. tests/conftest.py
 # imports KVCOMP_PACKAGE.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
