@@ -272,9 +272,20 @@ __device__ __forceinline__ uint32_t w4_scale_pair(const w4_job &a, const char *a
     return a.scale_bits == 16 ? v16 : pair;
 }
 
-/* The same of 16 rows and of the next 16, whose number `of` is of, and even. */
+/* The same of 16 rows and of the next 16, whose number `of` is of, and even. `BITS`: of a code; 0: as `a` says. Codes
+ * of 10 bits are planes of 8 and of 2. */
+template <int BITS>
 __device__ __forceinline__ void w4_scale_pairs(uint32_t (&pair)[2], const w4_job &a, uint32_t at, const w4_planes &of) {
     uint32_t v16[2], v8, v4, v2, v1;
+    static_assert(BITS == 0 || BITS == 10, "formats that have a reader");
+    if (BITS == 10) {
+        asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v8) : "r"(at + of.at8));
+        asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v2) : "r"(at + of.at2));
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            pair[i] = __byte_perm(v8, 0, i ? 0x4342 : 0x4140) * 0x80 + ((v2 * (i ? 0x8002 : 0x80020)) & 0x00600060);
+        return;
+    }
     asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v16[0]), "=r"(v16[1]) : "r"(at + of.at16));
     asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v8) : "r"(at + of.at8));
     asm volatile("ld.shared.u16 %0,[%1];" : "=r"(v4) : "r"(at + of.at4));

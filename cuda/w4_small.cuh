@@ -99,8 +99,9 @@ template <int TILES> struct w4_small_lane {
           piece(lane >> 3), codes(16 * lane), planes(w4_planes_of(a, lane >> 2, TILES == 1 ? 0 : lane & 3)) {}
 };
 
-/* One block of W times its inputs of x: acc[16 rows][8 columns]. `x`, `weights`: of the slot. */
-template <typename T, int TILES, int GROUP>
+/* One block of W times its inputs of x: acc[16 rows][8 columns]. `x`, `weights`: of the slot. `BITS`: of a scale's
+ * code, for one tile; 0: as `a` says. */
+template <typename T, int TILES, int GROUP, int BITS>
 __device__ __forceinline__ void w4_small_block(float (&acc)[4][TILES][4], uint32_t x, const char *weights,
                                                const w4_job &a, const w4_small_lane<TILES> &of, int lane) {
     /* Inputs that are worked on at once, with 32 rows. Four or more sums are under way together: of 16 rows each, of
@@ -138,7 +139,7 @@ __device__ __forceinline__ void w4_small_block(float (&acc)[4][TILES][4], uint32
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) {
                 if (TILES == 1)
-                    w4_scale_pairs(pair[g], a, w4_shared(scales) + g * a.group_bytes, planes);
+                    w4_scale_pairs<BITS>(pair[g], a, w4_shared(scales) + g * a.group_bytes, planes);
                 else
 #pragma unroll
                     for (int h = 0; h < 2; h++)
@@ -272,7 +273,7 @@ __device__ __forceinline__ void w4_small_end(const w4_job &a, w4_total<TILES> &t
     }
 }
 
-template <typename T, int TILES, int GROUP>
+template <typename T, int TILES, int GROUP, int BITS>
 __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     w4_small(const __grid_constant__ w4_job a, const __grid_constant__ CUtensorMap map) {
     extern __shared__ __align__(1024) char memory[];
@@ -292,19 +293,30 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     if (threadIdx.x == 0 && a.tensor) w4_prefetch_map(&map);
     w4_own_barriers_ready();
 
+    /* What has been asked for comes in turn, and x is late: so all warps' first pieces, then x, then further pieces.
+     * (Not with 32 rows, for which registers are short.) */
+    constexpr bool FEW = TILES < 4;
     if (!a.early) wait_for_previous();
     w4_place ahead; /* of the next request */
     ahead.set(run, a.blocks, warp);
-    const w4_place begun = ahead;
-    for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
+    w4_place begun = ahead;
+    if (FEW && ahead.i < run.count) {
+        ring.request_weights(0, ahead);
+        ahead.advance(run, a.blocks, warps);
+    }
+    for (int s = 0; !FEW && s < a.slots && ahead.i < run.count; s++) {
         ring.request_weights(s, ahead);
         ahead.advance(run, a.blocks, warps);
     }
     if (a.early) wait_for_previous();
     let_next_begin(); /* it may rely on what came before this kernel */
-    ahead = begun;
-    for (int s = 0; s < a.slots && ahead.i < run.count; s++) {
-        ring.request_x(s, ahead);
+    for (int s = 0; s < a.slots && begun.i < run.count; s++) {
+        ring.request_x(s, begun);
+        begun.advance(run, a.blocks, warps);
+    }
+    if (!FEW) ahead = begun;
+    for (int s = 1; FEW && s < a.slots && ahead.i < run.count; s++) {
+        ring.request_weights(s, ahead);
         ahead.advance(run, a.blocks, warps);
     }
 
@@ -325,7 +337,8 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
         for (; at < stop; at += warps) {
             w4_barrier_wait(room.bars + 8 * slot, parity);
             __syncwarp();
-            w4_small_block<T, TILES, GROUP>(acc, room.x + slot * a.x_bytes, weights + slot * a.slot_bytes, a, of, lane);
+            w4_small_block<T, TILES, GROUP, BITS>(acc, room.x + slot * a.x_bytes, weights + slot * a.slot_bytes, a, of,
+                                                  lane);
             __syncwarp();
             if (ahead.i < run.count) {
                 ring.request_weights(slot, ahead);
@@ -342,7 +355,7 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     }
 }
 
-template <typename T, int TILES, int GROUP>
+template <typename T, int TILES, int GROUP, int BITS>
 cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t stream) {
     const int shared = w4_small_shared(a, device);
     if (shared == 0) return cudaErrorInvalidConfiguration;
@@ -350,7 +363,7 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
     a->tensor = a->aligned && device->capability >= 90 && a->k % 64 == 0 &&
                 (a->m == 1 || a->x_stride >= 2 * (int64_t)a->k) &&
                 w4_map_of(&map, a, 3, w4_small_rows(TILES, a->m), w4_type<T>::DTYPE == KVC_BFLOAT16) == cudaSuccess;
-    auto *const kernel = w4_small<T, TILES, GROUP>;
+    auto *const kernel = w4_small<T, TILES, GROUP, BITS>;
     static bool known[64]; /* by device */
     int at = 0;
     cudaError_t error = cudaGetDevice(&at);
@@ -371,10 +384,13 @@ cudaError_t w4_small_launch(w4_job *a, const kvc_gpu *device, cudaStream_t strea
 }
 
 template <typename T> cudaError_t w4_small_any(w4_job *a, int group, const kvc_gpu *device, cudaStream_t stream) {
-#define TAKE(TILES)                                                   \
-    (group == 32   ? w4_small_launch<T, TILES, 32>(a, device, stream) \
-     : group == 64 ? w4_small_launch<T, TILES, 64>(a, device, stream) \
-                   : w4_small_launch<T, TILES, 128>(a, device, stream))
+    /* E5M5's codes in groups of 128, the default, take fewer instructions of their own. (With more rows of
+     * x they take registers that are not there.) */
+    if (a->m <= 8 && group == 128 && a->scale_bits == 10) return w4_small_launch<T, 1, 128, 10>(a, device, stream);
+#define TAKE(TILES)                                                      \
+    (group == 32   ? w4_small_launch<T, TILES, 32, 0>(a, device, stream) \
+     : group == 64 ? w4_small_launch<T, TILES, 64, 0>(a, device, stream) \
+                   : w4_small_launch<T, TILES, 128, 0>(a, device, stream))
     return a->m <= 8 ? TAKE(1) : a->m <= 16 ? TAKE(2) : TAKE(4);
 #undef TAKE
 }
