@@ -8,6 +8,7 @@ needs comes first, so that the rest runs while the host learns of it, and what t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ _OTHERS = (
 _OWN = ("generate", "_sample")
 _BEAMS = ("num_beams", "num_beam_groups")
 _PARTS = ("_prefill", "_optimize_model_for_decode", "_update_model_kwargs_for_generation")
-_MOST_PARTS, _LEAST_PARTS = 512, 16  # of a row, in `_largest`
+_MOST_PARTS, _LEAST_PARTS = 512, 16  # of a row of logits
 
 
 def takes(model: Any, given: Mapping[str, Any]) -> bool:
@@ -71,6 +72,12 @@ def decode(
     return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, steps, model_kwargs)
 
 
+@functools.cache
+def _parts_of(count: int) -> int:
+    """Equal parts of a row of so many; 0: there are none of a good size."""
+    return next((n for n in range(_MOST_PARTS, _LEAST_PARTS - 1, -1) if count % n == 0), 0)
+
+
 def _in_parts(rows: torch.Tensor) -> bool:
     return rows.device.type != "cpu"
 
@@ -79,7 +86,7 @@ def _largest(rows: torch.Tensor) -> torch.Tensor:
     """torch.argmax(rows, -1) of rows (b, n), the first of several; in two steps on a GPU, where torch gives a row to
     few blocks of threads (H200, 1 and 8 rows of 128256: 27 us)."""
     count = rows.shape[-1]
-    parts = next((n for n in range(_MOST_PARTS, _LEAST_PARTS - 1, -1) if count % n == 0), 0)
+    parts = _parts_of(count)
     if not parts or not _in_parts(rows):
         return torch.argmax(rows, dim=-1)
     best, at = rows.reshape(len(rows), parts, count // parts).max(dim=-1)
