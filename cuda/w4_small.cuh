@@ -294,8 +294,12 @@ __global__ void __launch_bounds__(32 * w4_small_warps(TILES), 1)
     w4_own_barriers_ready();
 
     /* What has been asked for comes in turn, and x is late: so all warps' first pieces, then x, then further pieces.
-     * (Not with 32 rows, for which registers are short.) */
+     * (Not with 32 rows, for which registers are short, nor where x's copies say that those before them are there.) */
+#if __CUDA_ARCH__ >= 900
     constexpr bool FEW = TILES < 4;
+#else
+    constexpr bool FEW = false;
+#endif
     if (!a.early) wait_for_previous();
     w4_place ahead; /* of the next request */
     ahead.set(run, a.blocks, warp);
