@@ -80,6 +80,12 @@ def mixed(tokens: int, seed: int = 0, classes: Sequence[tuple[int, int]] = CLASS
     return pages + uniform(16, 16, left)
 
 
+def assert_within(out: torch.Tensor, values: torch.Tensor) -> None:
+    """Of each channel, between the least and the greatest of the list's values, but for rounding."""
+    low, high = values.amin(2, keepdim=True) - 0.02, values.amax(2, keepdim=True) + 0.02
+    assert bool(((out >= low) & (out <= high)).all())
+
+
 class Cache:
     """Pages in shuffled order with gaps between, filled by pack; `keys`, `values` are what they unpack to, float32.
 
@@ -295,3 +301,8 @@ def assert_near(out: torch.Tensor, exact: torch.Tensor, largest: float, bound: f
         f"{float(ratio.flatten()[worst]):.3g} times the bound at (sequence, head, query) "
         f"{tuple(int(i) for i in where)}; {int((ratio > 1).sum())} of {ratio.numel()} rows are over it"
     )
+
+
+def many_lists(pages: Sequence[Page], rows: Rows, rotation: int = 1) -> Cache:
+    """So many equal lists that whoever works on one of 1500 tokens has several of its pages."""
+    return Cache((64, 64, 1, FLOAT16, FP16), [pages] * 264, batch=264, rows=rows, rotation=rotation)

@@ -135,17 +135,14 @@ def test_the_next_step_is_ready_before_the_end_is_asked_for(model: Any, monkeypa
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("rows, count", [(1, 128256), (8, 32064), (3, 50257), (2, 211), (5, 2 * 10007), (2, 1)])
-def test_the_largest(rows: int, count: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest(rows: int, count: int, device: str) -> None:
     """As torch.argmax has it: the first of several, and NaN before all."""
-    found = loop._largest
-    if device == "cpu":  # the way of a GPU, as a row's parts
-        monkeypatch.setattr(loop, "_in_parts", lambda rows: True)
     logits = torch.randn(rows, count, device=device, generator=torch.Generator(device).manual_seed(1))
     cases = [logits, logits.round(), torch.zeros_like(logits), torch.full_like(logits, -torch.inf), logits.clone()]
     cases[-1][0, count // 3] = cases[-1][0, count // 2] = torch.nan
     for case in cases:
         want = [row.index(max(row)) for row in case.nan_to_num(torch.inf).tolist()]
-        got = found(case)
+        got = loop._largest(case)
         assert got.dtype == torch.int64 and got.tolist() == want == torch.argmax(case, -1).tolist()
 
 

@@ -9,5 +9,10 @@ def one_line(reason: Exception) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
 
 
+def first_line(reason: BaseException) -> str:
+    """What went wrong, of errors of others that say more than a line."""
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+
+
 class BudgetWarning(UserWarning):
     """A byte budget was below the smallest plan, and the smallest plan was kept."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import _C, results
+from ..errors import first_line
 from ..store import BFLOAT16, Layout
 from ..store_cuda import DIVIDE_EVERY
 from . import attend_rivals_cuda as rivals
@@ -348,7 +349,7 @@ class _Run:
                 samples = timing_cuda.rotated_us(call, len(tensors.copies), replays=self.replays)
                 error = tensors.error(call)
             except Exception as reason:  # whatever a rival raises is its own reason for not being here
-                said = (str(reason).splitlines() or [type(reason).__name__])[0]
+                said = first_line(reason)
                 absent.append({"impl": impl, "case": case, "reason": said[:300]})
                 self.tell(f"{impl}: not run: {said[:100]}")
                 continue

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from .. import Policy, results, w4
+from ..errors import first_line
 from ..hf import compress
 from . import decode_goals
 
@@ -189,13 +190,13 @@ def bench(
         try:
             cell = measure(model, impl, case)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            found["not_measured"][name] = "out of memory: " + _first_line(error)
+            found["not_measured"][name] = "out of memory: " + first_line(error)
         except ImportError as error:
             found["not_measured"][name] = str(error)
         except Exception as error:
             if impl == "kvcomp":
                 raise
-            found["not_measured"][name] = _first_line(error)  # a rival's own reason for not being here
+            found["not_measured"][name] = first_line(error)  # a rival's own reason for not being here
         else:
             found["not_measured"].pop(name, None)
             found["cells"].append(cell)
@@ -484,10 +485,6 @@ def kind_of(kernel: str) -> str:
         if re.search(pattern, kernel, re.IGNORECASE) and (kind == "linear" or not fused):
             return kind
     return "rest"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _wait(device: torch.device) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from .. import _C, results
 from ..env import installed
+from ..errors import first_line
 from ..w4 import weights
 from . import timing, timing_cuda, w4_rivals
 
@@ -269,7 +270,7 @@ class _Run:
                 more = {"version": installed(package)} if package else {}
                 self._timed(rival.impl, case, rival.call, copies, rival.nbytes, error, more)
             except Exception as reason:  # whatever a rival raises is its own reason for not being here
-                said = (str(reason).splitlines() or [type(reason).__name__])[0][:300]
+                said = first_line(reason)[:300]
                 self.found["absent"].append({"impl": name, "case": case, "reason": said})
                 self.tell(f"{name}: not run: {said[:100]}")
             _free(self.device)

@@ -17,18 +17,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import first_line
 from .joined import Joined
-from .step import (
-    Compiled,
-    Parts,
-    Step,
-    compiled_forward,
-    compiled_or_plain,
-    first_line,
-    step_of,
-    step_options,
-    stepping,
-)
+from .step import Compiled, Parts, Step, compiled_forward, compiled_or_plain, step_of, step_options, stepping
 
 Compile = bool | Literal["auto"] | dict[str, Any]
 
@@ -83,8 +74,8 @@ class Steps:
         self._takes_positions = "position_ids" in inspect.signature(forward).parameters
         self._graphs = graphs and os.environ.get("KVCOMP_GRAPHS", "1") != "0"
         self._compile = compile
-        self._decoder: Compiled | None = None
-        self._beside: dict[type, Compiled] = {}
+        self._functions: dict[type, Compiled] = {}  # by type of module
+        self._modules: dict[torch.nn.Module, Compiled] = {}  # of the parts: what runs compiled, where anything does
         self._joins = True
         self._joined: Joined | None = None
         self._joined_at: tuple[int, ...] = ()  # addresses
@@ -139,7 +130,7 @@ class Steps:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
         if self._parts is None or self._parts.hooks_changed:
-            self._parts = Parts(self._model, self._config, self._layers)
+            self._parts, self._modules = Parts(self._model, self._config, self._layers), {}
             self._kinds.clear()
         parts = self._parts
         if (
@@ -170,14 +161,15 @@ class Steps:
         """What runs compiled; nothing, where the decoder layers are not of one kind."""
         if not parts.decoders or parts.device is None:
             return {}
-        kinds = {type(module) for module in parts.beside} - set(self._beside)
-        if self._decoder is None or kinds:  # asking for options takes milliseconds
+        if not self._modules:  # asking for options takes milliseconds
             options = step_options(parts.device) | (self._compile if isinstance(self._compile, dict) else {})
-            self._decoder = self._decoder or compiled_forward(options)
-            self._beside |= {kind: compiled_or_plain(options) for kind in kinds}
-        return {module: self._beside[type(module)] for module in parts.beside} | dict.fromkeys(
-            parts.decoders, self._decoder
-        )
+            for modules, make in ((parts.beside, compiled_or_plain), (parts.decoders, compiled_forward)):
+                for module in modules:
+                    kind = type(module)
+                    if kind not in self._functions:
+                        self._functions[kind] = make(options)
+                    self._modules[module] = self._functions[kind]
+        return self._modules
 
     def _join(self, parts: Parts) -> None:
         """Layers that read the same rows are one product in compiled steps; again after the model moved."""

@@ -78,16 +78,12 @@ def _parts_of(count: int) -> int:
     return next((n for n in range(_MOST_PARTS, _LEAST_PARTS - 1, -1) if count % n == 0), 0)
 
 
-def _in_parts(rows: torch.Tensor) -> bool:
-    return rows.device.type != "cpu"
-
-
 def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """torch.argmax(rows, -1) of rows (b, n), the first of several; in two steps on a GPU, where torch gives a row to
-    few blocks of threads (H200, 1 and 8 rows of 128256: 27 us)."""
+    """torch.argmax(rows, -1) of rows (b, n), the first of several; in two steps, as torch gives a row to few blocks of
+    threads on a GPU (H200, 1 and 8 rows of 128256: 27 us)."""
     count = rows.shape[-1]
     parts = _parts_of(count)
-    if not parts or not _in_parts(rows):
+    if not parts:
         return torch.argmax(rows, dim=-1)
     best, at = rows.reshape(len(rows), parts, count // parts).max(dim=-1)
     part = best.argmax(dim=-1, keepdim=True)

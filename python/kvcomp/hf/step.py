@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import first_line
 from .attention import NAME, STEP
 from .cache import Cache
 from .library import handle
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache")
 _SETTINGS = ("logits_to_keep", "return_dict")
-Compiled = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]  # the forward of such a module
 _REAL_TAIL = "_kvc_real_tail"  # on a mask: generate added its last column, of ones, to a mask that had been checked
+
+
+Compiled = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]  # of a module, its forward's arguments
 
 
 @dataclass
@@ -173,10 +176,6 @@ def compiled_or_plain(options: dict[str, Any]) -> Compiled:
         return _run_module(module, args, kwargs)
 
     return run
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def step_options(device: torch.device) -> dict[str, Any]:
