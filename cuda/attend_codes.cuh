@@ -10,9 +10,9 @@ template <uint32_t MASK, uint32_t OTHER> __device__ __forceinline__ uint32_t bot
     return pick_or<MASK>(w, h & OTHER);
 }
 
-/* Bytes: rows[u][x] holds four codes of token tile u, row r + 8x. Below 8 bits
- * rows r + 8 are 16 times too large; with 2 bits odd tiles are 4 times too
- * large unless ALIGNED. */
+/* Bytes: rows[u][x] holds four codes of token tile u, row r + 8x. Below 8 bits rows r + 8 are 16 times too large, and
+ * row r's codes are added to them: a mask less, and products' differences are exact. With 2 bits, unless ALIGNED, odd
+ * tiles are 4 times too large, and what rows r + 8 of the even tile hold is added to theirs, too. */
 template <int BITS, bool ALIGNED>
 __device__ __forceinline__ void codes(uint32_t (&rows)[4][2], const char *tile, int lane) {
     if constexpr (BITS == 2) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void codes(uint32_t (&rows)[4][2], const char *tile, 
             const bool odd = u & 1;
             const uint32_t x = ALIGNED && odd ? w[u >> 1] >> 2 : w[u >> 1];
             rows[u][0] = x & (ALIGNED || !odd ? 0x03030303u : 0x0c0c0c0cu);
-            rows[u][1] = x & (ALIGNED || !odd ? 0x30303030u : 0xc0c0c0c0u);
+            rows[u][1] = ALIGNED || !odd ? x & 0x33333333u : x;
         }
     } else if constexpr (BITS == 3) {
         const uint2 two = ((const uint2 *)tile)[lane];
@@ -32,14 +32,14 @@ __device__ __forceinline__ void codes(uint32_t (&rows)[4][2], const char *tile, 
         for (int u = 0; u < 4; u++) {
             const uint32_t w = u < 2 ? two.x : two.y, x = u & 1 ? w >> 2 : w;
             const uint32_t h = u == 0 ? high << 2 : u == 1 ? high << 1 : u == 2 ? high : high >> 1;
-            rows[u][0] = both<0x03030303u, 0x04040404u>(x, h);
-            rows[u][1] = both<0x30303030u, 0x40404040u>(x, h);
+            rows[u][1] = both<0x33333333u, 0x44444444u>(x, h);
+            rows[u][0] = rows[u][1] & 0x07070707u;
         }
     } else if constexpr (BITS == 4) {
         const uint4 four = ((const uint4 *)tile)[lane];
         const uint32_t w[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int u = 0; u < 4; u++) rows[u][0] = w[u] & 0x0f0f0f0fu, rows[u][1] = w[u] & 0xf0f0f0f0u;
+        for (int u = 0; u < 4; u++) rows[u][0] = w[u] & 0x0f0f0f0fu, rows[u][1] = w[u];
     } else {
         const uint4 low = ((const uint4 *)tile)[lane], up = ((const uint4 *)tile)[32 + lane];
         rows[0][0] = low.x, rows[1][0] = low.y, rows[2][0] = low.z, rows[3][0] = low.w;

@@ -23,7 +23,7 @@ constexpr float MOST_BARE_WEIGHT = 0x1p44f;
 
 constexpr int SLOT = 4608;               /* bytes of a copy at most: 4096 of codes, 256 of
                                             scales and zeros; K and V of 2 bits */
-constexpr int AHEAD = 4;                 /* table entries that are on their way, per warp; a power of two */
+constexpr int AHEAD = 16;                /* places of a reader's queue of table entries; a power of two */
 constexpr int DRAIN_PAGES = 8;           /* the tensor cores' fp32 sums truncate: emptied
                                             into true fp32 after so many pages */
 constexpr int DRAIN_PAGES_OF_CODES = 64; /* integers: below 2^29 then, and the difference to the middle is exact

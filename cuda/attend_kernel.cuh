@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
 #pragma unroll 1
         while (note.list == list) note = w.pages(note);
         /* this warp's part */
-        if (w.since_drain) w.drain();
+        if (w.held != SUMS_NONE) w.drain();
 #pragma unroll
         for (int t = 0; t < S::QT; t++) {
 #pragma unroll

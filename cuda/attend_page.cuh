@@ -19,8 +19,8 @@
 
 namespace {
 
-/* What a warp's sums of V hold. */
-enum { SUMS_NONE, SUMS_SHIFTED, SUMS_BYTES, SUMS_FLOAT }; /* SHIFTED: rows r + 8 are 16 times too large */
+/* What a warp's sums of V hold. SHIFTED: rows r + 8 are 16 times too large, and have rows r on top. */
+enum { SUMS_NONE, SUMS_SHIFTED, SUMS_BYTES, SUMS_FLOAT };
 
 template <int D, int NQ> struct worker {
     using S = sizes<D, NQ>;
@@ -39,9 +39,9 @@ template <int D, int NQ> struct worker {
     float top[QT];              /* the greatest shift so far; NOTHING before a token is seen */
     uint32_t sum[TILES][VT][4]; /* int32, or fp32: `held` */
     int middles[QT];            /* sum of weights times twice the middle code, of this lane's column of weights */
-    int held, since_drain;
-    int joint; /* bytes of K in the slot that holds the whole page; 0: K and V
-                  have slots of their own */
+    int held, room;             /* room: pages until they are emptied */
+    int joint;                  /* bytes of K in the slot that holds the whole page; 0: K and V
+                                   have slots of their own */
     bool has_sums;
     bool mixed;                 /* the list, as divide.h has it */
     int tail_page, tail_tokens; /* of the list */
@@ -70,7 +70,7 @@ template <int D, int NQ> struct worker {
 
     __device__ __forceinline__ void clear_sums() {
         held = SUMS_NONE;
-        since_drain = 0;
+        room = 0;
 #pragma unroll
         for (int t = 0; t < QT; t++) middles[t] = 0;
 #pragma unroll
@@ -88,8 +88,8 @@ template <int D, int NQ> struct worker {
 
     /* Products of q and K's codes, in units of both, of a page of 64 tokens, whose first piece is there. Returns where
      * its last piece lies, which is not given back yet; where q has more column tiles than are looked at at once none
-     * is. */
-    template <int BITS> __device__ __forceinline__ const char *code_products(float (&x)[QT][8]) {
+     * is. AT_ONCE: pairs of channel tiles whose code follows each other. */
+    template <int BITS, int AT_ONCE> __device__ __forceinline__ const char *code_products(float (&x)[QT][8]) {
         using C = piece<BITS, 64>;
         constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES;
         const char *last = nullptr;
@@ -100,7 +100,7 @@ template <int D, int NQ> struct worker {
             for (int p = 0; p < PIECES; p++) {
                 const char *at = last = p == 0 ? copies.next() : copies.arrived(QT == PARTS ? 0 : p);
                 const int tiles = p + 1 < PIECES ? C::TILES : TILES - (PIECES - 1) * C::TILES;
-#pragma unroll
+#pragma unroll AT_ONCE
                 for (int i = 0; i < tiles; i += 2) {
                     uint32_t rows[2][4][2];
                     uint2 q[PARTS];
@@ -122,10 +122,16 @@ template <int D, int NQ> struct worker {
                 if (QT == PARTS && p + 1 < PIECES) copies.release();
             }
 #pragma unroll
-            for (int k = 0; k < PARTS; k++)
+            for (int k = 0; k < PARTS; k++) {
+                int all[8];
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-                    x[first + k][j] = __int2float_rn(256 * t[j >> 1][k][2 * (j & 1)] + t[j >> 1][k][2 * (j & 1) + 1]);
+                for (int j = 0; j < 8; j++) all[j] = 256 * t[j >> 1][k][2 * (j & 1)] + t[j >> 1][k][2 * (j & 1) + 1];
+#pragma unroll
+                for (int j = 7; j >= 0; j--) { /* rows r + 8 less what `codes` leaves in them */
+                    if (BITS < 8 && j % 2) all[j] -= all[j - 1] + (BITS == 2 && j % 4 == 3 ? all[j - 2] : 0);
+                    x[first + k][j] = __int2float_rn(all[j]);
+                }
+            }
         }
         return last;
     }
@@ -258,26 +264,29 @@ template <int D, int NQ> struct worker {
         }
     }
 
-    /* Before a page's V: sums become what this page adds to, and get a new unit of weights where this page's are too
-     * large for 16 bits or, with integers, too small to be exact enough; then true, and x is relative to that. `most`,
-     * `weight`: of `weigh`. */
-    __device__ __forceinline__ bool settle(float (&x)[QT][8], const float (&scale)[8], const float (&most)[QT],
-                                           const float (&weight)[QT], float above, int what) {
-        bool large = false, small = false;
+    /* Whether a page's V may join the sums: these are of its form, and its weights neither too large for 16 bits nor,
+     * with integers, too small to be exact enough. `most`, `weight`: of `weigh`. */
+    __device__ __forceinline__ bool suits(const float (&most)[QT], const float (&weight)[QT], float above, int what,
+                                          bool &large) const {
+        constexpr uint32_t FINE = (1u << NQ) - 1;
+        bool none = false;
+        uint32_t fine = 0; /* a bit a query; of lanes with a query one must have a weight of some size */
+        large = false;
 #pragma unroll
         for (int t = 0; t < QT; t++) {
             large = large || most[t] > above + MOST_WEIGHT || weight[t] > MOST_BARE_WEIGHT;
-            if (INTEGER && what != SUMS_FLOAT) { /* of lanes with this query one must have a weight of some size */
-                uint32_t enough = __ballot_sync(ALL, most[t] >= above + LEAST_WEIGHT && top[t] > NOTHING);
-                enough |= enough >> 16;
-                enough |= enough >> 8;
-                small = small || ((enough | enough >> 4) & 0xf) != 0xf;
-            } else {
-                small = small || top[t] == NOTHING;
-            }
+            if (!INTEGER || what == SUMS_FLOAT)
+                none = none || top[t] == NOTHING;
+            else if (most[t] >= above + LEAST_WEIGHT && top[t] > NOTHING)
+                fine |= 1u << 4 * t;
         }
-        const int limit = held == SUMS_FLOAT ? DRAIN_PAGES : DRAIN_PAGES_OF_CODES;
-        if (__builtin_expect(!__any_sync(ALL, large || small) && held == what && since_drain < limit, 1)) return false;
+        fine = large || none ? ~0u : !INTEGER || what == SUMS_FLOAT ? FINE : fine << c;
+        return __reduce_or_sync(ALL, fine) == FINE && held == what && room > 0;
+    }
+
+    /* Makes them suit each other: sums are emptied, or get a new unit of weights; then true, and x is relative to that.
+     */
+    __device__ __forceinline__ bool settle(float (&x)[QT][8], const float (&scale)[8], int what, bool large) {
         float logit[QT], log_scale[8]; /* logit: the greatest, plus log2 of V's scale */
         bool change = large;
 #pragma unroll
@@ -294,7 +303,8 @@ template <int D, int NQ> struct worker {
                      (top[t] == NOTHING && logit[t] > -INFINITY);
         }
         change = __any_sync(ALL, change);
-        if (since_drain && (change || held != what || since_drain >= limit)) drain();
+        if (held != SUMS_NONE && (change || held != what || room == 0)) drain();
+        if (held == SUMS_NONE) room = what == SUMS_FLOAT ? DRAIN_PAGES : DRAIN_PAGES_OF_CODES;
         held = what;
         if (!change) return false;
 #pragma unroll
@@ -315,17 +325,27 @@ template <int D, int NQ> struct worker {
         return true;
     }
 
-    /* x: logits, or -inf. Adds a page's weights, and V's codes, which lie at `at`, times weight and scale. */
-    __device__ __forceinline__ void code_values(float (&x)[QT][8], const float (&scale)[8], float (&zero)[8],
-                                                const char *at, int bits) {
-        constexpr float ABOVE = INTEGER ? 0x1p23f : 0.0f; /* 2^23 + n: the integer is in the low bits */
-        float n[QT][8];
+    /* Of V's codes: 2^23 + n, so that the integer is in the low bits. */
+    static constexpr float ABOVE = INTEGER ? 0x1p23f : 0.0f;
+
+    static __device__ __forceinline__ int sums_of(int bits) {
+        return !INTEGER || bits == 16 ? SUMS_FLOAT : bits < 8 ? SUMS_SHIFTED : SUMS_BYTES;
+    }
+
+    /* V's scales, and zeros for what is added of its codes; `scales`: behind these. */
+    template <bool PLAIN>
+    __device__ __forceinline__ void value_steps(float (&scale)[8], float (&zero)[8], const char *scales,
+                                                int bits) const {
+        steps<PLAIN>(scale, zero, a, scales, r);
         if (!INTEGER) {
             const float off = (float)middle_code(bits) - 0.5f * (float)((1 << bits) - 1);
 #pragma unroll
             for (int j = 0; j < 8; j++) zero[j] = fmaf(scale[j], off, zero[j]);
         }
-        add_weights(n, x, scale, zero, ABOVE, !INTEGER ? SUMS_FLOAT : bits < 8 ? SUMS_SHIFTED : SUMS_BYTES);
+    }
+
+    /* Adds V's codes, which lie at `at`, times n. */
+    __device__ __forceinline__ void code_values(const float (&n)[QT][8], const char *at, int bits) {
         if constexpr (INTEGER) {
             uint32_t p[QT][4];
 #pragma unroll
@@ -363,13 +383,15 @@ template <int D, int NQ> struct worker {
         }
     }
 
-    /* Weights into their sums; n: of `weigh`, in a unit that suits them. */
+    /* Weights into their sums, of logits or -inf; n: of `weigh`, in a unit that suits them. */
     __device__ __forceinline__ void add_weights(float (&n)[QT][8], float (&x)[QT][8], const float (&scale)[8],
                                                 const float (&zero)[8], float above, int what) {
         float weight[QT], offset[QT], most[QT];
         weigh(n, weight, offset, most, x, scale, zero, above);
-        if (settle(x, scale, most, weight, above, what)) weigh(n, weight, offset, most, x, scale, zero, above);
-        since_drain++;
+        bool large;
+        if (__builtin_expect(!suits(most, weight, above, what, large), 0))
+            if (settle(x, scale, what, large)) weigh(n, weight, offset, most, x, scale, zero, above);
+        room--;
 #pragma unroll
         for (int t = 0; t < QT; t++) {
             weights[t] += weight[t];
@@ -398,11 +420,11 @@ template <int D, int NQ> struct worker {
             uint32_t rows[4][2];
             codes<BITS, true>(rows, at + i * piece<BITS, 64>::TILE_BYTES, lane);
 #pragma unroll
-            for (int u = 0; u < 4; u += 2)
+            for (int u = 0; u < 2; u++) /* these pairs want the fewest moves: a load's words lie side by side */
 #pragma unroll
                 for (int t = 0; t < VT; t++)
-                    mma_u8u8(sum[first + i][t], rows[u][0], rows[u][1], rows[u + 1][0], rows[u + 1][1], p[t % QT][u],
-                             p[t % QT][u + 1]);
+                    mma_u8u8(sum[first + i][t], rows[u][0], rows[u][1], rows[u + 2][0], rows[u + 2][1], p[t % QT][u],
+                             p[t % QT][u + 2]);
         }
     }
 
@@ -433,13 +455,10 @@ template <int D, int NQ> struct worker {
     }
 
     /* As code_values, of 16-bit values. */
-    template <int P> __device__ __forceinline__ void half_values(float (&x)[QT][8]) {
+    template <int P> __device__ __forceinline__ void half_values(const float (&n)[QT][8]) {
         using C = piece<16, P>;
         constexpr int PIECES = (TILES + C::TILES - 1) / C::TILES, T = P / 16;
         const bool brain = a.half == KVC_BFLOAT16;
-        const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1}, none[8] = {};
-        float n[QT][8];
-        add_weights(n, x, ones, none, 0.0f, SUMS_FLOAT);
         /* both parts are columns of a tile, or, where its columns are queries, tiles of their own */
         uint32_t p[VT][T][2], rest[VT][T][2];
 #pragma unroll
@@ -500,16 +519,17 @@ template <int D, int NQ> struct worker {
         constexpr int LAST = (TILES - 1) / C::TILES, CODES = (TILES - LAST * C::TILES) * C::TILE_BYTES;
         constexpr int HALF = TILES * C::TILE_BYTES + 64 * (int)sizeof(half2);
         joint = 2 * HALF <= SLOT ? HALF : 0;
-        float x[QT][8], scale[8], zero[8];
-        const char *last = code_products<BITS>(x);
+        float x[QT][8], n[QT][8], scale[8], zero[8];
+        const char *last = code_products<BITS, (TILES + 1) / 2>(x);
         scale_products<true>(x, last + CODES, BITS);
         if (!joint)
 #pragma unroll
             for (int p = 0; p < (QT == PARTS ? 1 : LAST + 1); p++) copies.release();
         if (!seen) mask(x, tokens, behind);
         const char *at = values_arrived();
-        steps<true>(scale, zero, a, at + CODES, r);
-        code_values(x, scale, zero, at, BITS);
+        value_steps<true>(scale, zero, at + CODES, BITS);
+        add_weights(n, x, scale, zero, ABOVE, sums_of(BITS));
+        code_values(n, at, BITS);
     }
 
     /* And those of the same class behind it, of which the last one may hold fewer tokens. The note of what comes then.
@@ -517,17 +537,20 @@ template <int D, int NQ> struct worker {
      * Code that has not run for a while has to come from far away, which takes as long as several pages: where classes
      * follow each other soon (`mixed`) they share what `pages` has, but for 2 bits, which instructions bound. */
     template <int BITS> __device__ __forceinline__ page_note plain_pages(page_note note, bool seen, int behind) {
-        const int list = note.list;
+        const int list = a.q == 1 ? note.list : -1;
+        uint32_t other; /* than a full page */
 #pragma unroll 1
         do {
             plain_page<BITS>(seen, note.kind >> 16 & 0xff, behind);
             note = copies.note();
-            seen = (note.kind >> 16 & 0xff) == 64;
-        } while (note.list == list && (note.kind & 0xffff) == (BITS | BITS << 8) && a.q == 1);
+            other = note.kind ^ (BITS | BITS << 8 | 64 << 16);
+            seen = other == 0;
+        } while (note.list == list && (other & 0xffff) == 0);
         return note;
     }
 
-    /* A page, or several; the note of what comes then. */
+    /* A page, or several; the note of what comes then. Of what all classes go through there is one copy, and K's codes
+     * take a loop: see plain_pages. */
     __device__ __forceinline__ page_note pages(const page_note &note) {
         const int k_bits = note.kind & 0xff, v_bits = note.kind >> 8 & 0xff, tokens = note.kind >> 16 & 0xff;
         const bool tail = k_bits == 16 && v_bits == 16;
@@ -542,14 +565,14 @@ template <int D, int NQ> struct worker {
             }
         }
         joint = note.joint;
-        float x[QT][8];
+        float x[QT][8], n[QT][8], scale[8], zero[8];
         if (k_bits < 16) {
             const char *last;
             switch (k_bits) {
-            case 2: last = code_products<2>(x); break;
-            case 3: last = code_products<3>(x); break;
-            case 4: last = code_products<4>(x); break;
-            default: last = code_products<8>(x);
+            case 2: last = code_products<2, 1>(x); break;
+            case 3: last = code_products<3, 1>(x); break;
+            case 4: last = code_products<4, 1>(x); break;
+            default: last = code_products<8, 1>(x);
             }
             const half_facts k = a.halves[k_bits];
             scale_products<false>(x, last + k.last_codes, k_bits);
@@ -565,16 +588,21 @@ template <int D, int NQ> struct worker {
         }
         cap(x);
         if (!seen) mask(x, tokens, behind);
+        const char *at = nullptr;
         if (v_bits < 16) {
-            const char *at = values_arrived();
-            float scale[8], zero[8];
-            steps<false>(scale, zero, a, at + a.halves[v_bits].last_codes, r);
-            code_values(x, scale, zero, at, v_bits);
-        } else if (tail) {
-            half_values<16>(x);
+            at = values_arrived();
+            value_steps<false>(scale, zero, at + a.halves[v_bits].last_codes, v_bits);
         } else {
-            half_values<64>(x);
+#pragma unroll
+            for (int j = 0; j < 8; j++) scale[j] = 1, zero[j] = 0;
         }
+        add_weights(n, x, scale, zero, v_bits < 16 ? ABOVE : 0.0f, sums_of(v_bits));
+        if (v_bits < 16)
+            code_values(n, at, v_bits);
+        else if (tail)
+            half_values<16>(n);
+        else
+            half_values<64>(n);
         return copies.note();
     }
 
@@ -607,7 +635,8 @@ template <int D, int NQ> struct worker {
                 for (int half = 0; half < 2; half++) {
                     float value;
                     if constexpr (INTEGER) {
-                        const uint32_t high = sum[i][t % VT][2 * half], low = sum[i][t % VT][2 * half + 1];
+                        uint32_t high = sum[i][t % VT][2 * half], low = sum[i][t % VT][2 * half + 1];
+                        if (half && held == SUMS_SHIFTED) high -= sum[i][t % VT][0], low -= sum[i][t % VT][1];
                         if (held == SUMS_FLOAT)
                             value = __uint_as_float(high) + __uint_as_float(low);
                         else

@@ -1,7 +1,7 @@
 /* attend_ring.cuh: pieces of pages on their way from the arena into shared memory. Four warps of a block fetch for
- * the others: a lane for each reader walks through its pages and requests their pieces, in the order in which they
- * are worked on, as slots of its ring are given back. (Four, because barriers and bulk copies take lanes one by one.)
- * By bulk copies on sm_90 and later, by cp.async before. */
+ * the others: a lane for each reader requests its pages' pieces, in the order in which they are worked on, as slots of
+ * its ring are given back. (Four, because barriers and bulk copies take lanes one by one.) Table entries come many at a
+ * time, one a lane, and wait in a queue of each reader. By bulk copies on sm_90 and later, by cp.async before. */
 #pragma once
 #include "attend_job.cuh"
 #include "hopper.cuh"
@@ -17,10 +17,10 @@ struct page_note {
     int32_t joint;      /* bytes of K where V lies behind it in the same slot; 0: it does not */
 };
 
-/* A page whose table entry has been asked for. `pair`: the 16 bytes that hold the entry. */
+/* A page in its reader's queue: of its table entry, and where that lies. */
 struct page_entry {
-    uint2 pair[2];
-    int32_t list, page, which, spare;
+    uint32_t unit, kind; /* of page_note; 0: no more pages */
+    int32_t list, page;
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -134,60 +134,52 @@ struct ring {
     }
 };
 
-/* A fetching warp's; its first lanes serve a reader each: a working warp or, GROUPS, a working warpgroup. */
+/* A fetching warp's; its first lanes serve a reader each: a working warp or, GROUPS, a working warpgroup. The others
+ * help them with table entries: STEPS lanes look at a reader's next pages. */
 template <int READERS, bool GROUPS = false> struct fetcher {
     const attend_job &a;
     const rings &all;
-    static constexpr int LANES = (READERS + 3) / 4;
+    static constexpr int LANES = (READERS + 3) / 4, STEPS = AHEAD / 2, LOW = STEPS / 2;
     static constexpr bool ALONE = GROUPS && LANES == 1; /* a warp's only one */
-    const int served;                                   /* the reader */
+    static_assert(LANES * STEPS <= 32, "an entry a lane");
+    const int served; /* the reader, of all lanes with the same remainder */
     uint64_t policy;
     page_entry *entries;
     uint64_t *full, *empty;
-    /* the walk through the table */
-    const uint2 *next;              /* entry of `page` */
-    int list, page, stop, end_page; /* stop: pages of the list that may be read now; end_page: that belong to the run */
-    int end_list, last_page;
-    int pushed, popped;        /* table entries */
-    bool waited, ended, loose; /* loose: an entry was asked for that turned out to be none */
+    /* the reader's walk through the table */
+    const int mine;                                /* this lane's page: so many behind `base` */
+    int list, base, end_page, end_list, last_page; /* end_page: pages of the list that belong to the run */
+    int begin;                                     /* pages before this one have been there */
+    uint2 asked;                                   /* the entry */
+    int known;                                     /* pages of the list that may be read now */
+    bool waited, walks, blocked;                   /* walks: there may be more; blocked: but behind the kernel before */
+    int queued, taken;                             /* of the reader's queue; taken: in the lane that serves it */
+    int low_at;                                    /* entries to be taken until more are to join */
     /* the piece that is next; of no bytes: there is none */
     const char *from;
     int bytes;
-    page_note note;    /* where the piece is a page's first */
-    bool ready, first; /* there is a next piece; it is a page's first */
+    page_note note; /* of its page */
+    bool ready;     /* there is a next piece */
     /* those behind it */
     const char *value;
-    half_facts k, v;
-    int place, pieces;
-    int fill, parity; /* the slot that is filled next */
+    int place, pieces;                                  /* place: 1 after a page's first */
+    int first_bytes, second_bytes, class_pieces, joint; /* of the page's class: K's first piece, or all; V */
+    int fill, parity;                                   /* the slot that is filled next */
 
     __device__ __forceinline__ fetcher(const attend_job &a, const rings &all, int which)
-        : a(a), all(all), served(which * LANES + (threadIdx.x & 31)), entries(all.entries + served * AHEAD),
-          full(all.full + served * all.count), empty(all.empty + served * all.count), page(0), stop(0), end_page(0),
-          pushed(0), popped(0), waited(!a.early), ended(false), loose(false), bytes(0), ready(false), first(false),
-          value(nullptr), place(0), pieces(0), fill(0), parity(1) {
+        : a(a), all(all), served(which * LANES + (threadIdx.x & 31) % LANES), entries(all.entries + served * AHEAD),
+          full(all.full + served * all.count), empty(all.empty + served * all.count),
+          mine((threadIdx.x & 31) < LANES * STEPS && serves(served) ? served + READERS * ((threadIdx.x & 31) / LANES)
+                                                                    : NO_LIST / 2),
+          begin(0), waited(!a.early), walks(true), blocked(false), queued(0), taken(0), low_at(NO_LIST), bytes(0),
+          note{NO_LIST, 0, 0, 0}, ready(false), value(nullptr), place(0), pieces(0), first_bytes(0), second_bytes(0),
+          class_pieces(0), joint(0), fill(0), parity(1) {
 #if __CUDA_ARCH__ >= 900
         asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
 #endif
     }
 
-    __device__ __forceinline__ page_entry *entry(int i) const { return entries + (i & (AHEAD - 1)); }
-
-    /* Asks for an entry, past the L1 cache, which may hold it as it was. */
-    __device__ __forceinline__ void ask(const uint2 *where) {
-        page_entry *to = entry(pushed);
-        if (loose) asm volatile("cp.async.wait_group 0;" ::: "memory"); /* it goes to the same place */
-        loose = false;
-        const int which = (int)((uintptr_t)where >> 3 & 1);
-        const uint2 *pair = where - which, *first = (const uint2 *)a.table;
-        if (pair >= first && pair + 2 <= first + (int64_t)a.n * a.capacity)
-            asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(to->pair)), "l"(pair)
-                         : "memory");
-        else /* half of the 16 bytes lies outside */
-            to->pair[which] = __ldcg(where);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        to->list = list, to->page = page, to->which = which;
-    }
+    __device__ __forceinline__ int4 *entry(int i) const { return (int4 *)(entries + (i & (AHEAD - 1))); }
 
     static __device__ __forceinline__ bool serves(int reader) { return READERS % 4 == 0 || reader < READERS; }
 
@@ -199,110 +191,117 @@ template <int READERS, bool GROUPS = false> struct fetcher {
         return a.first_entries[block * KVC_DIVIDE_ENTRIES + which * LANES + lane];
     }
 
-    /* Pages of the list that may be read now. */
-    __device__ __forceinline__ int known() const {
-        const kvc_share *shares = (const kvc_share *)(a.division + 4);
-        return waited ? __ldcg(&a.lists[list].pages) : shares[list].fixed_pages;
+    __device__ __forceinline__ half_facts facts(uint32_t kind, int bits) const {
+        return a.halves[(kind & 0xffff) == 0x1010 ? 17 : bits];
     }
 
-    __device__ __forceinline__ void go_to(int which, int begin) {
+    /* Whether it is a page that there may be. */
+    __device__ __forceinline__ bool is_page(const uint2 &word) const {
+        const int k_bits = word.y & 0xff, v_bits = word.y >> 8 & 0xff, tokens = word.y >> 16 & 0xff;
+        if (k_bits > 16 || v_bits > 16 || tokens == 0 || tokens > ((word.y & 0xffff) == 0x1010 ? 16 : 64)) return false;
+        const int k = facts(word.y, k_bits).bytes, v = facts(word.y, v_bits).bytes;
+        return k != 0 && v != 0 && (int64_t)word.x * KVC_UNIT + k + v <= a.arena_bytes;
+    }
+
+    __device__ __forceinline__ void go_to(int which, int page) {
         list = which;
-        page = begin + served;
+        base = page;
+        begin = 0;
         end_page = which == end_list ? last_page : NO_LIST;
-        next = (const uint2 *)a.table + (int64_t)list * a.capacity + page;
     }
 
-    /* To a list's page whose entry is there; where the list stops is left to find out. */
-    __device__ __forceinline__ void open(int which, int begin, const kvc_page &given) {
-        go_to(which, begin);
-        page_entry *to = entry(pushed);
-        to->pair[0] = *(const uint2 *)&given;
-        to->list = list, to->page = page, to->which = 0;
-        asm volatile("cp.async.commit_group;" ::: "memory"); /* of nothing: groups are counted */
-        step();
+    /* Asks for entries before it is known whether there are such pages, and past the L1 cache, which may hold them as
+     * they were. */
+    __device__ __forceinline__ void ask() {
+        const int page = base + mine;
+        asked = make_uint2(0, 0);
+        if (page < a.capacity) asked = __ldcg((const uint2 *)a.table + (int64_t)list * a.capacity + page);
+        known = waited ? __ldcg(&a.lists[list].pages) : ((const kvc_share *)(a.division + 4))[list].fixed_pages;
     }
 
-    /* To a list's page; its entry is asked for before it is known whether there is such a page. */
-    __device__ __forceinline__ void open(int which, int begin) {
-        go_to(which, begin);
-        if (a.capacity > 0) ask(next - max(0, page - (a.capacity - 1)));
-        stop = min(min(end_page, known()), a.capacity);
-        if (page < stop)
-            step();
-        else
-            loose = true;
-    }
-
-    __device__ __forceinline__ void step() { pushed++, page += READERS, next += READERS; }
-
-    /* Asks for further entries; true where the walk goes on only after the kernel before. */
-    __device__ __forceinline__ bool push() {
-#pragma unroll 1
-        while (!ended && pushed - popped < AHEAD) {
-            if (page < stop) {
-                ask(next);
-                step();
+    /* What was asked for joins the queues that have places for it, but entries that are no pages; asks for more. */
+    __device__ __forceinline__ void fill_queues() {
+        const int page = base + mine, stop = min(min(end_page, known), a.capacity), lane = threadIdx.x & 31;
+        const int waiting = queued - __shfl_sync(ALL, taken, lane % LANES);
+        const bool joins = walks && !blocked && waiting < STEPS;
+        const bool there = joins && page >= begin && page < stop && is_page(asked);
+        uint32_t same = 0; /* lanes of this reader */
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) same |= 1u << i * LANES;
+        const uint32_t joining = __ballot_sync(ALL, there) & same << lane % LANES;
+        __syncwarp(); /* what lay there has been read */
+        if (there)
+            *entry(queued + __popc(joining & ((1u << lane) - 1))) = make_int4((int)asked.x, (int)asked.y, list, page);
+        queued += __popc(joining);
+        if (joins) {
+            if (base + READERS * STEPS < stop) {
+                base += READERS * STEPS;
             } else if (!waited && end_page > stop) { /* the tail, which that kernel may have changed */
-                return true;
-            } else if (list >= end_list) {
-                ended = true;
+                begin = stop;
+                blocked = true;
+            } else if (list < end_list) {
+                go_to(list + 1, 0);
             } else {
-                open(list + 1, 0);
+                if (lane < LANES && serves(served)) *entry(queued) = make_int4(0, 0, NO_LIST, 0);
+                queued++;
+                walks = false;
             }
+            if (walks && !blocked) ask();
+            low_at = walks && !blocked && lane < LANES ? queued - LOW : NO_LIST;
         }
-        return false;
+        __syncwarp();
     }
 
     __device__ __forceinline__ void wait() {
         wait_for_previous();
-        waited = true;
-        if (end_page > stop) {
-            stop = min(min(end_page, known()), a.capacity);
-            if (page >= stop) end_page = stop;
+        if (blocked) {
+            waited = true;
+            blocked = false;
+            ask();
+            if ((threadIdx.x & 31) < LANES) low_at = queued - LOW;
         }
     }
 
-    /* The oldest entry becomes the page whose pieces are next; an entry that is none is passed over. */
-    __device__ __forceinline__ void pop() {
-        if (pushed - popped == AHEAD)
-            asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
-        else
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
-        const page_entry *oldest = entry(popped++);
-        const uint2 word = oldest->pair[oldest->which];
-        const int k_bits = word.y & 0xff, v_bits = word.y >> 8 & 0xff, tokens = word.y >> 16 & 0xff;
-        const bool tail = (word.y & 0xffff) == 0x1010;
-        if (k_bits > 16 || v_bits > 16 || tokens == 0 || tokens > (tail ? 16 : 64)) return;
-        k = a.halves[tail ? 17 : k_bits];
-        v = a.halves[tail ? 17 : v_bits];
-        const int64_t at = (int64_t)word.x * KVC_UNIT;
-        if (k.bytes == 0 || v.bytes == 0 || at + k.bytes + v.bytes > a.arena_bytes) return;
-        from = a.arena + at;
-        value = from + k.bytes;
-        bytes = k.pieces == 1 ? k.bytes : k.step;
-        pieces = k.pieces + v.pieces;
-        const bool joint = k.bytes + v.bytes <= SLOT && k_bits <= 8 && v_bits <= 8;
-        if (joint) pieces = 1, bytes = k.bytes + v.bytes;
-        note = page_note{oldest->list, oldest->page, word.y, joint ? k.bytes : 0};
+    /* The page whose pieces are next: unit, kind, list, page. Pages of one class follow each other, mostly. */
+    __device__ __forceinline__ void open(const int4 &next) {
+        const uint32_t kind = (uint32_t)next.y;
+        if ((kind ^ note.kind) & 0xffff) {
+            const int k_bits = kind & 0xff, v_bits = kind >> 8 & 0xff;
+            const half_facts k = facts(kind, k_bits), v = facts(kind, v_bits);
+            const bool together = k.bytes + v.bytes <= SLOT && k_bits <= 8 && v_bits <= 8;
+            joint = together ? k.bytes : 0;
+            class_pieces = together ? 1 : k.pieces + v.pieces;
+            first_bytes = together ? k.bytes + v.bytes : k.pieces == 1 ? k.bytes : k.step;
+            second_bytes = v.bytes;
+        }
+        from = a.arena + (uint64_t)(uint32_t)next.x * KVC_UNIT;
+        bytes = first_bytes;
+        pieces = class_pieces;
+        note = page_note{next.z, next.w, kind, joint};
         place = 1;
-        ready = first = true;
+        ready = true;
     }
 
     /* The page's next piece. V's come last first: its scales are wanted before its codes. A warpgroup takes several of
      * 16 bits together, which have no scales: theirs come in order. */
     __device__ __forceinline__ void turn() {
-        ready = true, first = false;
+        ready = true;
         if (pieces == 2) {
-            from = value, bytes = v.bytes;
-        } else if (place < k.pieces) {
-            from += k.step;
-            bytes = place == k.pieces - 1 ? k.bytes - place * k.step : k.step;
+            from += bytes;
+            bytes = second_bytes;
         } else {
-            const int i = place - k.pieces;
-            const bool in_order = GROUPS && (note.kind >> 8 & 0xff) == 16;
-            const int which = in_order ? i : i == 0 ? v.pieces - 1 : i - 1;
-            from = value + which * v.step;
-            bytes = which == v.pieces - 1 ? v.bytes - which * v.step : v.step;
+            const half_facts k = facts(note.kind, note.kind & 0xff), v = facts(note.kind, note.kind >> 8 & 0xff);
+            if (place < k.pieces) {
+                from += k.step;
+                bytes = place == k.pieces - 1 ? k.bytes - place * k.step : k.step;
+            } else {
+                const int i = place - k.pieces;
+                if (i == 0) value = from + bytes;
+                const bool in_order = GROUPS && (note.kind >> 8 & 0xff) == 16;
+                const int which = in_order ? i : i == 0 ? v.pieces - 1 : i - 1;
+                from = value + which * v.step;
+                bytes = which == v.pieces - 1 ? v.bytes - which * v.step : v.step;
+            }
         }
         place++;
     }
@@ -312,7 +311,7 @@ template <int READERS, bool GROUPS = false> struct fetcher {
         char *const slot = all.slots + (served * all.count + fill) * SLOT;
         const uint64_t *const bar = full + fill;
         if (go) {
-            if (first)
+            if (place == 1)
                 *(int4 *)(all.notes + served * all.count + fill) =
                     make_int4(note.list, note.page, (int)note.kind, note.joint);
 #if __CUDA_ARCH__ >= 900
@@ -356,57 +355,48 @@ template <int READERS, bool GROUPS = false> struct fetcher {
         end_list = run.end_page > 0 ? run.end_list : run.end_list - 1;
         last_page = run.end_page > 0 ? run.end_page : NO_LIST;
         bool done = (threadIdx.x & 31) >= LANES || !serves(served);
-        const bool knows = given.tokens > 0; /* so the first page waits for the division alone */
-        int fixed = 0;                       /* asked for here, looked at behind those copies */
-        if (knows) {
-            open(run.first_list, run.first_page, given);
-            fixed = known();
-        } else if (!done) {
-            open(run.first_list, run.first_page);
-        }
+        const uint2 word = *(const uint2 *)&given;
+        const bool knows = is_page(word); /* so the first page waits for the division alone */
+        go_to(run.first_list, run.first_page);
+        ask(); /* looked at behind that page's copies */
+        if (knows) begin = base + mine + 1;
         rings_are_ready<THREADS>(true);
-        if (knows) pop();
+        if (knows) open(make_int4((int)word.x, (int)word.y, list, base + mine));
         request(ready);
 #pragma unroll 1
-        for (int i = 1; i < all.count && __any_sync(ALL, knows && place < pieces); i++) { /* nor do its other pieces */
-            const bool go = knows && place < pieces;
+        for (int i = 1; i < all.count && __any_sync(ALL, place < pieces); i++) { /* nor do its other pieces */
+            const bool go = place < pieces;
             if (go) turn();
             request(go);
         }
-        if (knows) stop = min(min(end_page, fixed), a.capacity);
+        bool low = true, stuck = false, over = false; /* over: the kernel before */
 #pragma unroll 1
-        while (!__all_sync(ALL, done)) {
+        while (true) {
             /* A lane alone in its warp sleeps at the barrier: asking again and again takes issue slots from the working
              * warps. */
             if (ALONE && ready) pass(empty + fill, parity);
             const bool go = ready && (ALONE || has_passed(empty + fill, parity));
-            const bool last = go && bytes == 0;
-            request(go);
-            done = done || last;
-            bool wants = false, moved = go;
+            if (__any_sync(ALL, go)) {
+                done = done || (go && bytes == 0);
+                request(go);
+            } else if (!low && !stuck) {
+                __nanosleep(300);
+                continue;
+            } else if (low) {
+                fill_queues();
+            } else { /* as late as possible */
+                wait();
+                over = true;
+            }
             if (!ready && !done) {
-                if (place < pieces) {
+                if (place < pieces)
                     turn();
-                } else {
-                    wants = push();
-                    if (popped < pushed) {
-                        pop();
-                        moved = true;
-                    } else if (ended) {
-                        note.list = NO_LIST;
-                        bytes = 0;
-                        ready = first = moved = true;
-                    }
-                }
+                else if (taken < queued)
+                    open(*entry(taken++));
             }
-            /* As late as possible. A lane that waits for a slot must not hold the others up: its warp may wait for
-             * theirs. */
-            if (!__any_sync(ALL, moved)) {
-                if (!waited && __any_sync(ALL, wants && !ready))
-                    wait();
-                else
-                    __nanosleep(300);
-            }
+            if (__all_sync(ALL, done)) break;
+            low = __any_sync(ALL, taken > low_at);
+            stuck = __any_sync(ALL, blocked && (over || (!ready && !done)));
         }
 #if __CUDA_ARCH__ < 900
         asm volatile("cp.async.wait_all;" ::: "memory");

@@ -165,6 +165,13 @@ def test_thousands_of_ragged_lists() -> None:
     cache.check(queries, with_mass=False, division=cache.divide())
 
 
+def test_thousands_of_lists_of_a_page() -> None:
+    """Most warps of a block have nothing to do for dozens of lists, one after the other."""
+    cache = Cache((128, 128, 1, FLOAT16, FP16), [[(4, 4, 4 + i % 61)] for i in range(2048)], batch=512)
+    cache.check(queries_of(13, 512, 16, 1, 128), division=cache.divide())
+    cache.check(queries_of(13, 512, 16, 4, 128), with_mass=False, division=cache.divide())
+
+
 def test_one_long_list_among_short_ones() -> None:
     """Work is divided by bytes: the long list crosses most blocks, the short ones share a few."""
     lists = [*ragged(10, 15, 100), mixed(60_000, 1), *ragged(11, 16, 100)]
