@@ -535,7 +535,7 @@ template <int D, int NQ> struct worker {
     /* And those of the same class behind it, of which the last one may hold fewer tokens. The note of what comes then.
      *
      * Code that has not run for a while has to come from far away, which takes as long as several pages: where classes
-     * follow each other soon (`mixed`) they share what `pages` has, but for 2 bits, which instructions bound. */
+     * follow each other soon (`mixed`) they share what `pages` has. */
     template <int BITS> __device__ __forceinline__ page_note plain_pages(page_note note, bool seen, int behind) {
         const int list = a.q == 1 ? note.list : -1;
         uint32_t other; /* than a full page */
@@ -556,7 +556,7 @@ template <int D, int NQ> struct worker {
         const bool tail = k_bits == 16 && v_bits == 16;
         const int behind = a.q > 1 ? tokens_behind(a, tail_page, tail_tokens, note.list, note.page, tokens) : 0;
         const bool seen = tokens == (tail ? 16 : 64) && (a.q == 1 || behind >= a.q);
-        if (k_bits == v_bits && !tail && a.plain && (k_bits == 2 || !mixed)) {
+        if (k_bits == v_bits && !tail && a.plain && !mixed) {
             switch (k_bits) {
             case 2: return plain_pages<2>(note, seen, behind);
             case 3: return plain_pages<3>(note, seen, behind);

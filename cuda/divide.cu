@@ -12,11 +12,12 @@ constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_BLOCKS = KVC_DIVIDE_MOS
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memory */
 
-/* In units of 64 bytes: a page costs its bytes and this, for its share of waiting; a further list of a block this
- * much: its warps meet twice, sums are merged, a query is laid out, and the rings are full meanwhile. That is 7
+/* In units of 64 bytes: a page costs its bytes and this, for what its tokens take besides, a quarter of it where a page
+ * holds a quarter of them (16 bits; lists of mixed pages: charges of 12 to 150 tried); a further list of a block this
+ * much: its warps meet twice, sums are merged, a query is laid out, and the rings are full meanwhile. That is about 7
  * microseconds where 35 GB/s a multiprocessor are read (stamps of blocks with one list and with two, in a model's
- * decode steps at batch 8 and 32k tokens, 4 bits); from half of it to one and a half times times hardly differ. */
-constexpr uint32_t PAGE_COST = 12, LIST_COST = 3840;
+ * decode steps at batch 8 and 32k tokens, 4 bits); from half of it to one and a half times hardly differ. */
+constexpr uint32_t PAGE_COST = 60, LIST_COST = 4800;
 
 constexpr int MIXED_PAGES = 128; /* of a block: with more its warps stay with a class for long (kvc_share.mixed) */
 
@@ -39,7 +40,7 @@ struct call {
 
 __device__ __forceinline__ uint32_t cost_of(const call &a, uint32_t kind) {
     const int k = kind & 0xff, v = kind >> 8 & 0xff;
-    if (k == 16 && v == 16) return 2 * a.tail_units + PAGE_COST;
+    if (k == 16 && v == 16) return 2 * a.tail_units + PAGE_COST / 4;
     return a.half_units[min(k, 16)] + a.half_units[min(v, 16)] + PAGE_COST;
 }
 

@@ -19,8 +19,8 @@ pytestmark = [
 ]
 
 LAYOUT = (128, 128, 1, 1, 0)
-# Bytes that a page, and a list that a block begins, may be charged beyond those that are read.
-PAGE_CHARGE, LIST_CHARGE = 1 << 10, 240 << 10
+# Bytes that a page (one of 16 bits: a quarter), and a list that a block begins, are charged beyond what is read.
+PAGE_CHARGE, LIST_CHARGE = 60 << 6, 300 << 10
 MIXED_PAGES, MOST_LISTS = 128, 49152  # divide.cu
 
 
@@ -129,7 +129,10 @@ def assert_even(division: Division, lists: list[list[Page]]) -> None:
     """No block has more than its equal share and the charge of a list, to within two pages."""
     blocks = torch.cuda.get_device_properties(0).multi_processor_count
     assert len(division.runs) <= blocks
-    sizes = {page[:2]: _C.page_bytes(LAYOUT, *page[:2]) + PAGE_CHARGE for pages in lists for page in pages}
+    sizes = {
+        bits: _C.page_bytes(LAYOUT, *bits) + PAGE_CHARGE // (4 if bits == (16, 16) else 1)
+        for bits in {page[:2] for pages in lists for page in pages}
+    }
     before = [np.concatenate([[0], np.cumsum([sizes[page[:2]] for page in pages])]) for pages in lists]
     costs = [
         sum(int(before[i][end] - before[i][begin]) for i, begin, end in mine)
