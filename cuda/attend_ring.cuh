@@ -29,14 +29,6 @@ constexpr int ARRIVALS = 1; /* on a full slot: the request's, and the copy's byt
 constexpr int ARRIVALS = 33; /* every lane's copies, and the request's */
 #endif
 
-/* Arrivals at an empty slot: a warp's lanes, or one for all behind __syncwarp, which compute-sanitizer's racecheck does
- * not take for an order between the others' reads and that arrival. */
-#ifdef KVC_RACECHECK
-constexpr int RELEASES = 32;
-#else
-constexpr int RELEASES = 1;
-#endif
-
 /* Shared memory of a block's rings: (READERS, slots) each, entries (READERS, AHEAD). A reader is a warp or a warpgroup.
  */
 struct rings {
@@ -55,7 +47,7 @@ struct rings {
         for (int i = reader * count; i < (reader + 1) * count; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(full + i)), "n"(ARRIVALS));
             asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(empty + i)),
-                         "r"(warps * RELEASES));
+                         "r"(warps * WARP_ARRIVALS));
         }
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.mbarrier_init.release.cluster;");
@@ -129,7 +121,7 @@ struct ring {
     /* The next piece has been read by all lanes: its slot takes another. */
     __device__ __forceinline__ void release() {
         __syncwarp();
-        if (RELEASES == 32 || (threadIdx.x & 31) == 0) arrive(empty + slot);
+        if (arrives_for_warp(threadIdx.x & 31)) arrive(empty + slot);
         if (++slot == count) slot = 0, phase ^= 1;
     }
 };

@@ -82,6 +82,16 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+/* Arrivals of a warp at a barrier, where one lane arrives for all: compute-sanitizer's racecheck does not take a
+ * __syncwarp for an order between what the others did and that arrival, so its build lets every lane arrive. */
+#ifdef KVC_RACECHECK
+constexpr int WARP_ARRIVALS = 32;
+#else
+constexpr int WARP_ARRIVALS = 1;
+#endif
+
+__device__ __forceinline__ bool arrives_for_warp(int lane) { return WARP_ARRIVALS == 32 || lane == 0; }
+
 /* 16-bit floats as core.h's, bit for bit: nearest even, saturated at the largest finite value; Inf and NaN stay. */
 __device__ inline float kvc_cuda_half_to_float(uint16_t bits, int dtype) {
     return dtype == KVC_BFLOAT16 ? __uint_as_float((uint32_t)bits << 16) : __half2float(__ushort_as_half(bits));

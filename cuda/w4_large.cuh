@@ -264,7 +264,7 @@ __device__ __forceinline__ void w4_unpack_scales(const w4_job &a, const w4_plan 
                     *(uint32_t *)(to + (s * GROUPS + g) * 128) =
                         w4_scale_pair(a, from + s * STRIP + (first + g) * a.group_bytes, planes);
             __syncwarp();
-            if (lane == 0) w4_barrier_arrive(ready + 8 * at.slot);
+            if (arrives_for_warp(lane)) w4_barrier_arrive(ready + 8 * at.slot);
         }
 }
 
@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
     const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     if (threadIdx.x < plan.stages) {
         w4_barrier_init(full + 8 * threadIdx.x, 2);
-        w4_barrier_init(ready + 8 * threadIdx.x, SCALERS);
-        w4_barrier_init(empty + 8 * threadIdx.x, 4 * TALL);
+        w4_barrier_init(ready + 8 * threadIdx.x, SCALERS * WARP_ARRIVALS);
+        w4_barrier_init(empty + 8 * threadIdx.x, 4 * TALL * WARP_ARRIVALS);
     }
     if (threadIdx.x == 0) {
         w4_prefetch_map(&map);
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
                 const int chunk = batch * BATCH / 4, first = batch * BATCH % 4;
                 wgmma_wait<1>(); /* the batch before the last has read its numbers and x */
                 if (batch == 1) {
-                    w4_barrier_arrive_if(empty + 8 * held, held >= 0 && lane == 0);
+                    w4_barrier_arrive_if(empty + 8 * held, held >= 0 && arrives_for_warp(lane));
                     held = now;
                 }
                 if (first == 0 && (GROUP < 128 || chunk == 0))
@@ -466,7 +466,7 @@ __global__ void __launch_bounds__(128 * (TALL + 1), 1)
         wgmma_wait<0>();
         hold(acc);
         __syncwarp();
-        if (lane == 0) w4_barrier_arrive(empty + 8 * held);
+        if (arrives_for_warp(lane)) w4_barrier_arrive(empty + 8 * held);
         int n_tile, m_tile;
         if (plan.split > 1) {
             work.place(n_tile, m_tile);

@@ -1,8 +1,8 @@
 #!/bin/bash
 # What needs a GPU: the tests marked gpu, then the sanitizers over one small case of each operation.
 # Usage: tests/gpu.sh [folder for the logs]
-# racecheck finds hazards in attend unless the library was built with KVC_RACECHECK (CUDAFLAGS=-DKVC_RACECHECK): it does
-# not take __syncwarp for an order between lanes (attend_ring.cuh).
+# racecheck finds hazards in attend and w4 unless the library was built with KVC_RACECHECK (CUDAFLAGS=-DKVC_RACECHECK): it
+# does not take __syncwarp for an order between lanes (common.cuh).
 set -euo pipefail
 logs=$(realpath "${1:-.}")
 cd "$(dirname "$0")/.."

@@ -47,6 +47,15 @@ def ragged() -> list[list[Page]]:
     return [mixed(length) for length in (2500, 70, 40, 0, 1, 300)]
 
 
+def test_small() -> None:
+    """For the sanitizers: blocks of 16, 32 and 64 queries."""
+    for head_dim in 64, 128:
+        lists = [mixed(150), [], uniform(4, 4, 330), [(16, 16, 1)]]
+        cache = Cache((head_dim, head_dim, 1, FLOAT16, FP16), lists, batch=2)
+        for q in 3, 6, 13:
+            cache.check(queries_of(q, 2, 8, q, head_dim), with_mass=False, division=cache.divide())
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("zero_point, half, scale_dtype", LAYOUTS)
 def test_every_class(head_dim: int, zero_point: int, half: int, scale_dtype: int) -> None:
