@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
     next += S::SUMS_BYTES;
     float4 *const ends = (float4 *)next; /* (WARPS, NQ): shift, sum of weights, of zeros, 1 where there are sums */
     next += WARPS * NQ * 16;
-    float4 *const info = (float4 *)next; /* (NQ): of lay_out_query; at last the sum of weights */
+    float4 *const info = (float4 *)next; /* (NQ): of lay_out_query */
     next += NQ * 16;
     float2 *const group_ends = (float2 *)next; /* (GROUPS, NQ): shift, sum of weights */
     next += S::GROUPS * NQ * 8;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(sizes<D, NQ>::THREADS, 1) attend_kernel(const 
         meet<WARPS>();
         if (!waited) wait_for_previous();
         waited = true;
-        merge_list<D, S>(a, list, share, block, chunk, sums, ends, group_ends, info);
+        merge_list<D, S>(a, list, share, block, chunk, sums, ends, group_ends);
     }
 }
 

@@ -164,10 +164,11 @@ template <int WARPS> __device__ __forceinline__ void meet() {
 /* A list's end, by the threads that work: the block's part, from those of its PARTS_OF_BLOCK parts (`sums`, (parts,
  * QUERIES, PITCH), with `ends`: shift, sum of weights, of zeros, 1 where there are sums), goes to the list's first
  * block, which adds up all blocks' and stores the result. Four channels a thread; where there are threads for it
- * several groups share the parts and the other blocks', and the first one adds up what they have. */
+ * several groups share the parts and the other blocks', and the first one adds up what they have. `sums` is free again
+ * when all threads have met once more. */
 template <int D, class S>
 __device__ __forceinline__ void merge_list(const attend_job &a, int list, const kvc_share &share, int block, int chunk,
-                                           float *sums, const float4 *ends, float2 *group_ends, float4 *info) {
+                                           float *sums, const float4 *ends, float2 *group_ends) {
     constexpr int PARTS = S::PARTS_OF_BLOCK, THREADS = S::WORKING_THREADS, NQ = S::QUERIES;
     const bool alone = share.blocks == 1, first = share.first_block == block;
     const int warp = threadIdx.x >> 5;
@@ -231,7 +232,7 @@ __device__ __forceinline__ void merge_list(const attend_job &a, int list, const 
                      *(const float4 *)(sums + (k * NQ + n) * S::PITCH + channel));
         if (first) {
             *(float4 *)(sums + n * S::PITCH + channel) = sum;
-            if (channel == 0) info[n].w = end.y;
+            if (channel == 0) sums[n * S::PITCH + D] = end.y;
         } else { /* to the block that finishes the list */
             const int64_t at = (int64_t)(block * a.chunks + chunk) * NQ + n;
             *(float4 *)(a.parts + at * D + channel) =
@@ -241,9 +242,10 @@ __device__ __forceinline__ void merge_list(const attend_job &a, int list, const 
     }
     if (first) {
         meet<THREADS / 32>();
+        /* by the last warps: the first ones lay out the next list's queries meanwhile */
 #pragma unroll 1
-        for (int n = warp; n < NQ; n += THREADS / 32)
-            store_query<D>(a, list, chunk * NQ + n, sums + n * S::PITCH, info[n].w);
+        for (int n = THREADS / 32 - 1 - warp; n < NQ; n += THREADS / 32)
+            store_query<D>(a, list, chunk * NQ + n, sums + n * S::PITCH, sums[n * S::PITCH + D]);
         if (!alone)
 #pragma unroll 1
             for (int i = threadIdx.x; i < (share.blocks - 1) * NQ * D / 4; i += THREADS) {

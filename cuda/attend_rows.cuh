@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(rows_sizes<D, N>::THREADS, 1)
     next += S::SUMS_BYTES;
     float4 *const ends = (float4 *)next; /* (READERS, N): shift, sum of weights, of zeros, 1 where there are sums */
     next += READERS * N * 16;
-    float4 *const info = (float4 *)next; /* (N): of lay_out_query; at last the sum of weights */
+    float4 *const info = (float4 *)next; /* (N): of lay_out_query */
     next += N * 16;
     float4 *const constants = (float4 *)next; /* (READERS, N): of a query, and the warpgroup */
     next += READERS * N * 16;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(rows_sizes<D, N>::THREADS, 1)
         meet<WARPS>();
         if (!waited) wait_for_previous();
         waited = true;
-        merge_list<D, S>(a, list, share, block, chunk, sums, ends, group_ends, info);
+        merge_list<D, S>(a, list, share, block, chunk, sums, ends, group_ends);
     }
 #endif
 }
