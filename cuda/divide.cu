@@ -13,7 +13,7 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_LISTS = 49152; /* of a layer: their costs lie in shared memory */
 
 /* In units of 64 bytes: a page costs its bytes and this, for what its tokens take besides, a quarter of it where a page
- * holds a quarter of them (16 bits; lists of mixed pages: charges of 12 to 150 tried); a further list of a block this
+ * holds a quarter of them (16 bits; lists of mixed pages: charges of 12 to 200 tried); a further list of a block this
  * much: its warps meet twice, sums are merged, a query is laid out, and the rings are full meanwhile. That is about 7
  * microseconds where 35 GB/s a multiprocessor are read (stamps of blocks with one list and with two, in a model's
  * decode steps at batch 8 and 32k tokens, 4 bits); from half of it to one and a half times hardly differ. */

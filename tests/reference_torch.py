@@ -306,3 +306,16 @@ def assert_near(out: torch.Tensor, exact: torch.Tensor, largest: float, bound: f
 def many_lists(pages: Sequence[Page], rows: Rows, rotation: int = 1) -> Cache:
     """So many equal lists that whoever works on one of 1500 tokens has several of its pages."""
     return Cache((64, 64, 1, FLOAT16, FP16), [pages] * 264, batch=264, rows=rows, rotation=rotation)
+
+
+def check_many_huge_logits(size: float, q: int, heads: Sequence[int] = (4,)) -> None:
+    """Of `many_lists` with q new tokens: a logit of `size` above the others takes everything; among equal ones, of so
+    many query heads, weights are shares."""
+    for bits in (4, 2, 16):
+        cache = many_lists(uniform(bits, bits, 1500), spots(slice(1200, 1201), 100.0))
+        cache.check(torch.full((264, 4, q, 64), size / 6400, device="cuda"), scale=1.0, with_mass=False)
+    for pages in (uniform(4, 4, 1000), uniform(2, 2, 1000) + uniform(16, 16, 100), uniform(16, 8, 1000)):
+        cache = many_lists(pages, spots(slice(None), 100.0), rotation=0)
+        for count in heads:
+            out = cache.attend(torch.full((264, count, q, 64), size / 6400, device="cuda"), scale=1.0)
+            assert_within(out, cache.values)
